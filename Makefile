@@ -1,0 +1,73 @@
+# `make quickstart` runs the program and `make test` the tests; both do all of their own set-up.
+
+BIN := .venv/bin
+DATA := data/word_problems
+MODEL := models/SmolLM2-135M-Instruct
+
+# The first that runs and is recent enough; `make PYTHON=...` names another.
+PYTHONS := $(BIN)/python python3 python3.11 python3.12 python3.13 python3.14 python3.10
+PYTHON ?= $(shell for python in $(PYTHONS); do \
+  if $$python -Ic '$(IS_RECENT)' >/dev/null 2>&1; then echo $$python; break; fi; done)
+COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
+
+# Another environment must not leak in from the caller, and compiled ops look for ninja on PATH.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+export PYTHONNOUSERSITE := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install check model quickstart test lint bench clean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: .venv/.installed  ## Make .venv with the pinned packages
+.venv/.installed: pyproject.toml constraints.txt | check
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	@touch $@
+
+model: install  ## Bring SmolLM2-135M-Instruct into models/
+	$(BIN)/python launch/fetch_model.py --out $(MODEL)
+
+quickstart: install model  ## Three clients, one round, from a pretrained model to a score
+	$(BIN)/python -m fedex_scale.data.word_problems --out $(DATA)
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml \
+	  launch/instruct.py --config launch/quickstart.yaml
+
+test: install  ## Run the tests; those that need the model are skipped where it cannot be had
+	-$(BIN)/python launch/fetch_model.py --out $(MODEL)
+	$(BIN)/python -m pytest tests
+
+lint: install  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install model  ## Run every benchmark, one after another
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:  ## Remove .venv and caches; models, data and runs stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# What an installation needs of the machine; $(error) ends in one line, before anything is made.
+require = $(if $(shell $(1) >/dev/null 2>&1 && echo yes),,$(error $(2)))
+check:
+	@$(call require,$(or $(PYTHON),false) -Ic '$(IS_RECENT)',$(NO_PYTHON))
+	@$(call require,$(PYTHON) -Ic '$(HAS_VENV)',$(NO_VENV))
+	@$(call require,$(PYTHON) -Ic '$(HAS_HEADERS)',$(NO_HEADERS))
+	@$(call require,command -v $(COMPILER),$(NO_COMPILER))
+
+IS_RECENT := import sys; sys.exit(sys.hexversion < 0x30a0000)
+HAS_VENV := import ensurepip; import venv
+HAS_HEADERS := import sysconfig; open(sysconfig.get_path("include") + "/Python.h").close()
+
+NO_PYTHON = Python: expected 3.10 or newer, got \
+  $(or $(shell $(or $(PYTHON),python3) --version 2>/dev/null || true),none); install one \
+  (apt-get install python3.11 python3.11-venv) or name one (make PYTHON=/path/to/python3)
+NO_VENV = Python: expected $(PYTHON) with the venv module, got none; \
+  install it (apt-get install python3-venv)
+NO_HEADERS = Python headers: expected Python.h of $(PYTHON), which DeepSpeed compiles with, got \
+  none; install them (apt-get install python3-dev)
+NO_COMPILER = C++ compiler: expected $(COMPILER) on PATH, got none; install one \
+  (apt-get install g++) or name one (make CXX=/path/to/g++)

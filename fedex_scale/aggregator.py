@@ -1,0 +1,286 @@
+"""Stream the layers: factors in -> method -> fold -> written -> freed.
+
+Every rank runs the same loop over the same files, computes the same small factors, and adds to
+the base just the rows that it stores; rank 0 writes. One layer's factors are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from fedex_scale import distributed
+from fedex_scale.adapters import Adapter, LayerPairs
+from fedex_scale.algebra import (
+    Clients,
+    LowRank,
+    Pair,
+    compress,
+    ideal_update,
+    norm,
+    norm_of_sum,
+    stack,
+)
+from fedex_scale.errors import UserError
+from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.weights import FoldStats, Target, fold
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregateSection:
+    """Where the part of the update that the adapter cannot hold goes."""
+
+    fold: Literal["side", "carry", "round"] = "side"
+    """side: a second frozen adapter; carry: the base, with what rounding loses kept for the next
+    fold; round: the base, rounded at every fold, as published."""
+    side_rank: int | None = None
+    """Rank of the side adapter; none: one round's (K-1)R, at most 128."""
+
+    def __post_init__(self) -> None:
+        if self.side_rank is not None and self.side_rank < 1:
+            raise UserError(f"aggregate.side_rank: expected at least 1, got {self.side_rank}")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer's aggregation did; norms are Frobenius norms, scaling included."""
+
+    layer: str
+    ideal_norm: float
+    """Of the update that exact averaging would make."""
+    residual_norm: float
+    """Of the part that went to the side adapter or the base."""
+    missed_norm: float
+    """Of the part of the residual that the forward pass does not see."""
+    note: str | None = None
+
+    @property
+    def kept(self) -> float:
+        return _kept(self.missed_norm, self.residual_norm)
+
+
+@dataclass(kw_only=True)
+class AggregateReport:
+    """All layers of one round."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    base_changed: bool = False
+
+    def total(self, name: str) -> float:
+        return math.sqrt(sum(getattr(layer, name) ** 2 for layer in self.layers))
+
+    @property
+    def kept(self) -> float:
+        """Share of the round's residual that reached the forward pass: 1 is all of it."""
+        return _kept(self.total("missed_norm"), self.total("residual_norm"))
+
+    def as_dict(self) -> dict:
+        """Return the report as it is written to disk."""
+        names = ("ideal_norm", "residual_norm", "missed_norm")
+        return {
+            "kept": self.kept,
+            **{name: self.total(name) for name in names},
+            "base_changed": self.base_changed,
+            "largest_layer": max(self.layers, key=lambda x: x.residual_norm).layer,
+            "layers": [
+                {
+                    "layer": x.layer,
+                    **{name: getattr(x, name) for name in names},
+                    "kept": x.kept,
+                    "note": x.note,
+                }
+                for x in self.layers
+            ],
+        }
+
+    def summary(self, section: AggregateSection) -> dict:
+        """Return the few numbers that a person wants to see after a round."""
+        short = ("kept", "ideal_norm", "residual_norm", "base_changed", "largest_layer")
+        whole = self.as_dict()
+        notes = sorted({layer.note for layer in self.layers if layer.note})
+        return {k: whole[k] for k in short} | {"warning": self.warning(section), "notes": notes}
+
+    def warning(self, section: AggregateSection) -> str | None:
+        """Return one plain line where most of the residual was lost, and None otherwise."""
+        if self.kept >= 0.5:
+            return None
+        return (
+            f"only {max(0.0, self.kept):.1%} of this round's residual reached the forward pass: "
+            f"adding it to the base with fold: {section.fold} rounds most of it away; "
+            "use fold: side, or a float32 base"
+        )
+
+
+def _nowhere(layer: str, result: object) -> None:
+    """Drop a result: the sink of ranks that do not write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What one aggregation reads and where its results go.
+
+    Fields:
+        clients: the clients' adapters; alike in layers, free in rank and alpha.
+        weights: one a client, summing to 1.
+        previous: the server's adapter that the round began with.
+        rank, scaling: of the server's adapter.
+        side: the side adapter before this round, or None.
+        side_rank: rank of the side adapter (fold: side only).
+    """
+
+    clients: Sequence[Adapter]
+    weights: Sequence[float]
+    previous: Adapter
+    rank: int
+    scaling: float
+    side: Adapter | None = None
+    side_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinks:
+    """Where an aggregation's results go, a layer at a time; each may be left out.
+
+    Fields:
+        adapter: takes the new server adapter.
+        residual: takes what the method adds to the base: the factors that a server would send.
+        side: takes the new side adapter.
+    """
+
+    adapter: Callable[[str, Pair], None] = _nowhere
+    residual: Callable[[str, Iterable[LowRank]], None] = _nowhere
+    side: Callable[[str, LowRank], None] = _nowhere
+
+
+def base_update_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
+    """Return the rank of what a method adds to the base in one round; 0 if it adds nothing."""
+    if method.name not in ("fedex", "flora"):
+        return 0
+    if method.name == "flora" or method.assign == "reinit":
+        return num_clients * rank
+    lost = (num_clients - 1) * rank
+    return lost if method.svd_rank is None else min(method.svd_rank, lost)
+
+
+def default_side_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
+    """Return the rank that holds one round's base update whole, at most 128; 0 if there is none."""
+    return min(128, base_update_rank(method, num_clients, rank))
+
+
+def aggregate(
+    round: Round,
+    method: MethodConfig,
+    section: AggregateSection,
+    targets: Mapping[str, Target],
+    sinks: Sinks,
+    *,
+    seed: Callable[[str], int],
+    side_dtype: torch.dtype = torch.float32,
+    on_layer: Callable[[str], None] = lambda layer: None,
+) -> AggregateReport:
+    """Aggregate one round, layer by layer; every rank must take part.
+
+    Args:
+        targets: where each layer's base weight takes a fold, by layer.
+        sinks: what to do with the results.
+        seed: by layer, for methods that draw a fresh adapter.
+        side_dtype: dtype in which the forward pass holds the side adapter.
+        on_layer: called when a layer is done, for progress.
+
+    Raises:
+        UserError: clients that disagree with the server in layers or shapes, or are not finite.
+    """
+    check_clients(round)
+    report, stats = AggregateReport(), {}
+    for layer in round.previous.layers:
+        target = targets[layer]
+        device = target.flat.device
+        pairs = LayerPairs(
+            round.clients, layer, rank=round.rank, scaling=round.scaling, device=device
+        )
+        clients = Clients(pairs, round.weights, round.scaling)
+        previous = Pair(*(factor.to(device) for factor in round.previous.pair(layer))).float()
+        generator = torch.Generator().manual_seed(seed(layer))
+        update = METHODS[method.name].update(clients, previous, method, generator)
+        sinks.adapter(layer, update.pair)
+        residual_norm = missed = 0.0
+        rest: Iterable[LowRank] = update.base_update
+        if rest:
+            residual_norm = norm_of_sum(rest)
+            sinks.residual(layer, rest)
+            if section.fold == "side":
+                missed, rest = _into_side(layer, rest, round, sinks, side_dtype)
+        stats[layer] = fold(target, rest, carry=section.fold != "round")
+        ideal_norm = norm_of_sum(ideal_update(clients))
+        report.layers.append(LayerReport(layer, ideal_norm, residual_norm, missed, update.note))
+        on_layer(layer)
+    _add_stats(report, targets, stats)
+    return report
+
+
+def _into_side(
+    layer: str, update: Iterable[LowRank], round: Round, sinks: Sinks, dtype: torch.dtype
+) -> tuple[float, list[LowRank]]:
+    """Put a base update into the side adapter; return what it misses, and what overflows.
+
+    The best rank-`side_rank` part of the old side adapter plus the update is kept. What the
+    forward pass misses of it is its rounding to `dtype`; the overflow is for the base.
+    """
+    total = stack(*update)
+    if round.side is not None:
+        old = round.side.pair(layer)
+        device = total.U_OP.device
+        total = stack(LowRank(old.B_OR.to(device), old.A_RI.to(device)), total)
+    kept, overflow = compress(total, round.side_rank)
+    sinks.side(layer, kept)
+    seen = LowRank(*(factor.to(dtype).float() for factor in kept))
+    missed = norm(stack(seen, LowRank(-kept.U_OP, kept.V_PI)))
+    return missed, [overflow] if overflow.U_OP.any() else []
+
+
+def _add_stats(
+    report: AggregateReport, targets: Mapping[str, Target], stats: Mapping[str, FoldStats]
+) -> None:
+    """Add what the folds missed to the report, summed over the ranks' shards."""
+    ranks = distributed.world_size()
+    shares = [1 / ranks if targets[layer].is_whole else 1.0 for layer in stats]
+    local = [
+        x * c for s, c in zip(stats.values(), shares, strict=True) for x in (s.intended, s.missed)
+    ]
+    sums = distributed.sum_over_ranks(*local)
+    for i, layer in enumerate(report.layers):
+        intended, missed = sums[2 * i], sums[2 * i + 1]
+        report.base_changed |= intended > 0
+        total = math.hypot(layer.missed_norm, math.sqrt(missed))
+        report.layers[i] = replace(layer, missed_norm=total)
+
+
+def check_clients(round: Round) -> None:
+    """Raise a UserError that names the client and layer where an adapter does not fit."""
+    for adapter in round.clients:
+        unknown = set(adapter.layers) - set(round.previous.layers)
+        if unknown:
+            raise UserError(
+                f"{adapter.path}: layer {min(unknown)} is not among the server's; "
+                "every client must adapt the same layers"
+            )
+        if adapter.rank > round.rank:
+            raise UserError(
+                f"{adapter.path}: rank {adapter.rank}, but the server has {round.rank}; "
+                "raise lora.rank"
+            )
+        for layer in round.previous.layers:
+            expected, got = round.previous.shapes(layer), adapter.shapes(layer)
+            if got != expected:
+                raise UserError(
+                    f"{adapter.path}, layer {layer}: expected shape {expected}, got {got}; "
+                    "was it trained on another base model?"
+                )
+
+
+def _kept(missed: float, intended: float) -> float:
+    return 1.0 - missed / intended if intended > 0 else 1.0

@@ -1,0 +1,205 @@
+"""Train one client on the shared engine, and hand over its adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import transformers
+
+from fedex_scale import distributed
+from fedex_scale.adapters import AdapterWriter, LoraSection
+from fedex_scale.algebra import Pair
+from fedex_scale.data.batching import Examples, collate, plan_steps, shard
+from fedex_scale.engine import OPTIMIZERS, Engine, read_pairs, reset_for_client, train_step
+from fedex_scale.errors import UserError
+from fedex_scale.state import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How every client trains in a round."""
+
+    local_epochs: int = 1
+    """Passes over the client's examples."""
+    max_steps: int | None = None
+    """Stop a client after so many optimizer steps; none: after its epochs."""
+    batch_size: int = 32
+    """Examples per optimizer step, over all ranks: the same result on one GPU and on eight."""
+    micro_batch_size: int = 1
+    """Examples per forward pass on one rank; what memory allows."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the peak to 0 over the client's steps, after the warmup."""
+    warmup_ratio: float = 0.02
+    """Share of a client's steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 for never."""
+    optimizer: OPTIMIZERS = "adamw"
+    """adamw, or bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory."""
+    group_by_length: bool = False
+    """Batch examples of like length together: less padding, a less random order."""
+
+    def __post_init__(self) -> None:
+        for name in ("local_epochs", "batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"train.max_steps: expected at least 1 or none, got {self.max_steps}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"train.warmup_ratio: expected 0 to below 1, got {self.warmup_ratio}")
+        if self.learning_rate <= 0:
+            raise UserError(f"train.learning_rate: expected above 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What a client sends, besides its adapter: saved as client.json beside it."""
+
+    round: int
+    client: int
+    num_examples: int
+    num_steps: int
+    num_tokens: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+def num_steps(num_examples: int, section: TrainSection) -> int:
+    """Return the optimizer steps of a client with so many examples, in one round."""
+    steps = -(-num_examples // section.batch_size) * section.local_epochs
+    return min(steps, section.max_steps or steps)
+
+
+def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
+    """Return the rate of a step (from 0): linear warmup, then the schedule down to 0.
+
+    The same curves as transformers' `get_scheduler`; a function of the step, so that nothing has
+    to be reset between clients or saved in a checkpoint.
+    """
+    warmup = math.ceil(num_steps * section.warmup_ratio)
+    if step < warmup:
+        return section.learning_rate * step / max(1, warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    factor = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[section.schedule]
+    return section.learning_rate * factor
+
+
+def train_client(
+    engine: Engine,
+    examples: Examples,
+    start: Callable[[str], Pair],
+    section: TrainSection,
+    *,
+    seed: int,
+    round: int,
+    client: int,
+    side: bool,
+    pad_id: int,
+    on_step: Callable[[dict], None],
+) -> ClientUpdate:
+    """Train one client from the server's adapter; the engine then holds the client's.
+
+    The result depends on the examples, the start, and (seed, round, client), and not on what the
+    engine did before.
+
+    Args:
+        start: the adapter to begin with, by layer.
+        side: whether the side adapter takes part in the forward pass.
+        on_step: called on every rank after each step with step, loss, lr and tokens.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    began = time.perf_counter()
+    reset_for_client(engine, start, side=side)
+    steps = plan_steps(
+        examples.lengths,
+        batch_size=section.batch_size,
+        epochs=section.local_epochs,
+        seed=derive_seed(seed, "order", round, client),
+        group_by_length=section.group_by_length,
+    )[: section.max_steps]
+    transformers.set_seed(derive_seed(seed, "train", round, client, distributed.rank()))
+    losses, num_tokens = [], 0
+    for step, indices in enumerate(steps):
+        trained = int(examples.num_trained[indices].sum())
+        lr = learning_rate(step, len(steps), section)
+        batches = list(_micro_batches(examples, indices, section, pad_id))
+        loss = train_step(engine, batches, tokens=trained, lr=lr)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"round {round}, client {client}, step {step + 1}: expected a finite loss, got "
+                f"{loss}; lower train.learning_rate or look at this client's data"
+            )
+        losses.append(loss)
+        tokens = int(examples.lengths[indices].sum())
+        num_tokens += tokens
+        place = {"round": round, "client": client, "step": step + 1, "steps": len(steps)}
+        on_step({**place, "loss": loss, "lr": lr, "tokens": tokens})
+    return ClientUpdate(
+        round=round,
+        client=client,
+        num_examples=len(examples),
+        num_steps=len(steps),
+        num_tokens=num_tokens,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def write_client(
+    engine: Engine, update: ClientUpdate, directory: Path, lora: LoraSection, base: str
+) -> None:
+    """Write the adapter that the engine holds as a PEFT directory; every rank must take part."""
+    with ExitStack() as stack:
+        write = None
+        if distributed.is_main():
+            write = stack.enter_context(open_adapter(engine, directory, lora, base)).write
+        for layer, pair in read_pairs(engine):
+            if write is not None:
+                write(layer, pair)
+    if distributed.is_main():
+        (directory / "client.json").write_text(json.dumps(asdict(update), indent=2) + "\n")
+    distributed.barrier()
+
+
+def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) -> AdapterWriter:
+    """Return a writer for an adapter of the run's rank and alpha over the engine's layers."""
+    return AdapterWriter(
+        directory,
+        engine.shapes(),
+        rank=lora.rank,
+        alpha=lora.alpha,
+        base=base,
+        use_rslora=lora.use_rslora,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in engine.layers.values()),
+    )
+
+
+def _micro_batches(
+    examples: Examples, indices: list[int], section: TrainSection, pad_id: int
+) -> Iterator[dict]:
+    parts = shard(
+        indices,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        micro_batch_size=section.micro_batch_size,
+    )
+    for part in parts:
+        yield collate(examples, part, fallback=indices[0], pad_id=pad_id)

@@ -1,0 +1,133 @@
+"""Which examples make a step, how ranks share them, and the tensors of one micro-batch.
+
+Every rank computes the same plan from the lengths and the seed, without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASKED = -100  # a label that takes no part in the loss
+BATCHES_PER_CHUNK = 50  # within which grouping by length sorts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Tokenized examples in flat arrays; a selection shares the tokens with the whole."""
+
+    tokens: np.ndarray
+    """All examples' tokens, one after another: int32."""
+    starts: np.ndarray
+    """Where each example begins in `tokens`."""
+    lengths: np.ndarray
+    """Tokens of each example."""
+    prompt_lengths: np.ndarray
+    """Tokens of each example's prompt, which is not trained."""
+    rows: np.ndarray
+    """The row that each example was made from."""
+    num_truncated: int = 0
+    """Rows cut to the maximum length."""
+    num_dropped: int = 0
+    """Rows left out, as their prompt alone fills the maximum length."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_trained(self) -> np.ndarray:
+        """Tokens of each example that are trained: its response and the end token."""
+        return self.lengths - self.prompt_lengths
+
+    def select(self, indices: Sequence[int]) -> Examples:
+        """Return these examples only. The counts remain those of the whole."""
+        indices = np.asarray(indices, dtype=np.int64)
+        fields = ("starts", "lengths", "prompt_lengths", "rows")
+        return replace(self, **{name: getattr(self, name)[indices] for name in fields})
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Return one example's input_ids and labels."""
+        start, length = self.starts[index], self.lengths[index]
+        tokens = self.tokens[start : start + length].tolist()
+        prompt = self.prompt_lengths[index]
+        return {"input_ids": tokens, "labels": [MASKED] * prompt + tokens[prompt:]}
+
+
+def plan_steps(
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    group_by_length: bool = False,
+) -> list[list[int]]:
+    """Return the examples of each optimizer step, over all ranks: every one once an epoch.
+
+    Grouping sorts by length within chunks of 50 batches of the epoch's permutation and shuffles
+    the batches, so that little is padded and the order still is random in the large. An epoch has
+    one batch that is not full where its examples do not divide.
+    """
+    draw = np.random.Generator(np.random.PCG64(seed))
+    lengths = np.asarray(lengths)
+    steps = []
+    for _ in range(epochs):
+        order = draw.permutation(len(lengths))
+        if group_by_length:
+            order = _sort_in_chunks(order, lengths, BATCHES_PER_CHUNK * batch_size)
+        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+        if group_by_length:
+            batches = [batches[i] for i in draw.permutation(len(batches))]
+        steps += batches
+    return steps
+
+
+def shard(
+    step: Sequence[int], *, rank: int, world_size: int, micro_batch_size: int
+) -> list[list[int]]:
+    """Return this rank's micro-batches of a step: as many on every rank, of at most the size.
+
+    Ranks get as many examples as each other, or one more; taken in turns, so that long ones are
+    spread where the step is sorted by length. A micro-batch may be empty: the rank then runs one
+    without labels, as ranks that communicate in each forward pass must run as many.
+    """
+    most = -(-len(step) // world_size)
+    num_micro_batches = -(-most // micro_batch_size)
+    mine = step[rank::world_size]
+    return [part.tolist() for part in np.array_split(np.array(mine, dtype=int), num_micro_batches)]
+
+
+def collate(
+    examples: Examples, indices: Sequence[int], *, fallback: int, pad_id: int
+) -> dict[str, Tensor]:
+    """Return one micro-batch as int64 tensors (examples, longest), padded on the right.
+
+    Padding is told by position and not by token, as the pad token may be the end token, which is
+    trained.
+
+    Args:
+        fallback: the example to run with all labels masked where `indices` is empty.
+
+    Returns:
+        input_ids, attention_mask and labels.
+    """
+    chosen = [examples[i] for i in indices] or [examples[fallback]]
+    shape = len(chosen), max(len(example["input_ids"]) for example in chosen)
+    input_ids = torch.full(shape, pad_id)
+    labels = torch.full(shape, MASKED)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, example in enumerate(chosen):
+        length = len(example["input_ids"])
+        input_ids[row, :length] = torch.tensor(example["input_ids"])
+        attention_mask[row, :length] = 1
+        if indices:
+            labels[row, :length] = torch.tensor(example["labels"])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _sort_in_chunks(order: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    return np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])

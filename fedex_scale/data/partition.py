@@ -1,0 +1,137 @@
+"""Which client has which rows: a function of the rows, the config and the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from fedex_scale.errors import UserError
+
+MAX_REDRAWS = 100  # of a Dirichlet split that leaves a client too little
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """How the rows are split over the clients."""
+
+    kind: Literal["iid", "contiguous", "dirichlet", "natural"] = "iid"
+    """Shuffled evenly; evenly in file order; uneven mixes of `column`; a client per value of it."""
+    num_clients: int = 3
+    """Clients that the rows are split over."""
+    column: str | None = None
+    """For dirichlet and natural, such as type; also counted per client in partition.json."""
+    alpha: float = 1.0
+    """Dirichlet concentration: small gives clients of few kinds, large gives equal mixes."""
+    min_examples: int = 1
+    """Dirichlet splits that leave a client fewer are drawn again."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_clients", "min_examples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"partition.{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"partition.alpha: expected a number above 0, got {self.alpha}")
+        if self.kind in ("dirichlet", "natural") and self.column is None:
+            raise UserError(
+                f"partition.column: {self.kind} splits by a column, got none; name one of the data"
+            )
+
+
+def split(rows: Dataset, config: PartitionConfig, seed: int) -> list[list[int]]:
+    """Return each client's row indices; every row has exactly one client.
+
+    Raises:
+        UserError: more clients than rows, no such column, a client left empty, or not as many
+            clients as the column has values (natural).
+    """
+    if config.num_clients > len(rows):
+        raise UserError(
+            f"partition.num_clients: expected at most one per example ({len(rows)}), "
+            f"got {config.num_clients}; use fewer clients or more data"
+        )
+    if config.column is not None:
+        _check_column(rows, config.column)
+    draw = np.random.Generator(np.random.PCG64(seed))
+    match config.kind:
+        case "iid":
+            parts = np.array_split(draw.permutation(len(rows)), config.num_clients)
+        case "contiguous":
+            parts = np.array_split(np.arange(len(rows)), config.num_clients)
+        case "dirichlet":
+            parts = _dirichlet(_rows_by_value(rows, config.column), config, draw)
+        case "natural":
+            parts = _natural(_rows_by_value(rows, config.column), config)
+    return [part.tolist() for part in parts]
+
+
+def describe(parts: Sequence[Sequence[int]], rows: Dataset, column: str | None = None) -> dict:
+    """Return what partition.json holds: per client the size, a hash of its rows, and counts.
+
+    The hash is SHA-256 over the rows' JSON, one a line, in the client's order.
+
+    Args:
+        column: whose values are counted; none: no counts.
+    """
+    return {"clients": [_describe(k, rows.select(part), column) for k, part in enumerate(parts)]}
+
+
+def _dirichlet(
+    groups: dict[Any, np.ndarray], config: PartitionConfig, draw: np.random.Generator
+) -> list[np.ndarray]:
+    """Split each value's rows by shares drawn from Dirichlet(alpha). Source: arXiv:1909.06335."""
+    for _ in range(MAX_REDRAWS):
+        parts: list[list[np.ndarray]] = [[] for _ in range(config.num_clients)]
+        for group in groups.values():
+            shares = draw.dirichlet([config.alpha] * config.num_clients)
+            cuts = np.rint(np.cumsum(shares)[:-1] * len(group)).astype(int)
+            for part, piece in zip(parts, np.split(draw.permutation(group), cuts), strict=True):
+                part.append(piece)
+        merged = [np.concatenate(part) for part in parts]
+        if min(map(len, merged)) >= config.min_examples:
+            return merged
+    raise UserError(
+        f"partition: expected at least {config.min_examples} examples for each of "
+        f"{config.num_clients} clients, got {min(map(len, merged))} in the last of {MAX_REDRAWS} "
+        f"Dirichlet({config.alpha}) draws; raise partition.alpha or use fewer clients"
+    )
+
+
+def _natural(groups: dict[Any, np.ndarray], config: PartitionConfig) -> list[np.ndarray]:
+    if len(groups) != config.num_clients:
+        raise UserError(
+            f"partition.num_clients: natural has a client per value of {config.column} "
+            f"({len(groups)}), got {config.num_clients}; set partition.num_clients={len(groups)}"
+        )
+    return list(groups.values())
+
+
+def _check_column(rows: Dataset, column: str) -> None:
+    plain = [name for name, kind in rows.features.items() if isinstance(kind, Value | ClassLabel)]
+    if column not in plain:
+        raise UserError(f"partition.column: expected one of {', '.join(plain)}, got {column}")
+
+
+def _rows_by_value(rows: Dataset, column: str) -> dict[Any, np.ndarray]:
+    """Return the row indices of each value of a column, by first appearance."""
+    groups: dict[Any, list[int]] = {}
+    for index, value in enumerate(rows[column]):
+        groups.setdefault(value, []).append(index)
+    return {value: np.array(indices) for value, indices in groups.items()}
+
+
+def _describe(client: int, rows: Dataset, column: str | None) -> dict:
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(f"{line}\n".encode())
+    entry = {"client": client, "num_examples": len(rows), "sha256": digest.hexdigest()}
+    if column is not None:
+        entry["counts"] = dict(sorted(Counter(map(str, rows[column])).items()))
+    return entry

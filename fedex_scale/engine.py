@@ -1,0 +1,391 @@
+"""One engine for all clients: built once, reset for each, plain PyTorch or DeepSpeed alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedex_scale import distributed, models
+from fedex_scale.adapters import LoraSection
+from fedex_scale.algebra import Pair
+from fedex_scale.errors import UserError
+from fedex_scale.models import CLIENT, SIDE, ModelSection
+from fedex_scale.weights import Target
+
+OPTIMIZERS = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    deepspeed: str | None = None
+    """A DeepSpeed JSON, such as ds_configs/zero3_offload.json; none: plain PyTorch."""
+    nvme_path: str | None = None
+    """Directory on a local NVMe, for ds_configs/zero3_nvme.json."""
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """The model with its adapters, the optimizer over the client adapter, and where they live."""
+
+    model: PeftModel
+    layers: dict[str, LoraLayer]
+    optimizer: torch.optim.Optimizer
+    trains: frozenset[str]
+    max_grad_norm: float
+    side_rank: int
+    device: torch.device
+    dtype: torch.dtype
+    deepspeed: Any | None = None
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (O, I) of every adapted layer."""
+        return {n: (layer.out_features, layer.in_features) for n, layer in self.layers.items()}
+
+
+def build_engine(
+    model: ModelSection,
+    lora: LoraSection,
+    section: EngineSection,
+    *,
+    trains: frozenset[str],
+    side_rank: int,
+    optimizer: OPTIMIZERS,
+    micro_batch_size: int,
+    accumulation: int,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> Engine:
+    """Load the model and build the engine, once a run.
+
+    Args:
+        trains: which LoRA factors train, a subset of {"A", "B"}.
+        side_rank: rank of the frozen side adapter, 0 for none.
+        accumulation: micro-batches in a full optimizer step, for DeepSpeed's bookkeeping.
+
+    Raises:
+        UserError: settings that cannot work together, or a model that cannot be had.
+    """
+    device, dtype = distributed.device(), models.resolve_dtype(model)
+    ds_config = None
+    if section.deepspeed:
+        ds_config = read_ds_config(
+            section,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            max_grad_norm=max_grad_norm,
+            bf16=dtype == torch.bfloat16,
+        )
+        _check_quantization(model, ds_config)
+    with _partitioned_loading(ds_config):
+        base = models.load_model(model, dtype, device)
+        if ds_config is None and model.quantization == "none":
+            base.to(device)
+        peft_model = models.add_adapters(base, lora, trains=trains, side_rank=side_rank)
+        if model.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        trainable = [p for p in peft_model.parameters() if p.requires_grad]
+        inner = _optimizer(optimizer, trainable, weight_decay)
+        ds_engine = None
+        if ds_config is not None:
+            import deepspeed
+
+            ds_engine, *_ = deepspeed.initialize(
+                model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
+            )
+            inner = ds_engine.basic_optimizer
+    return Engine(
+        model=peft_model,
+        layers=models.lora_layers(peft_model),
+        optimizer=inner,
+        trains=trains,
+        max_grad_norm=max_grad_norm,
+        side_rank=side_rank,
+        device=device,
+        dtype=dtype,
+        deepspeed=ds_engine,
+    )
+
+
+def set_adapter(engine: Engine, pair_of: Callable[[str], Pair], *, side: bool) -> None:
+    """Let the engine hold an adapter: every factor, frozen ones and float32 masters included.
+
+    Args:
+        pair_of: the factors by layer.
+        side: whether the side adapter holds anything, and so takes part.
+    """
+    _release(engine)
+    models.activate(engine.model, trains=engine.trains, side=side)
+    for name, layer in engine.layers.items():
+        _write_pair(layer, pair_of(name), CLIENT)
+
+
+def reset_for_client(engine: Engine, pair_of: Callable[[str], Pair], *, side: bool) -> None:
+    """Make the engine as if just built, with the given adapter: nothing of earlier clients stays.
+
+    Drops the optimizer's moments and step counts as well. The learning rate is a function of the
+    step and randomness is seeded by the client (client.py), so nothing else is left to reset.
+    """
+    set_adapter(engine, pair_of, side=side)
+    # Optimizers initialise a parameter's state at its first step if there is none.
+    engine.optimizer.state.clear()
+    (engine.deepspeed or engine).optimizer.zero_grad()
+
+
+def train_step(
+    engine: Engine, micro_batches: Sequence[dict[str, Tensor]], *, tokens: int, lr: float
+) -> float:
+    """Do one optimizer step and return its loss, the mean over the step's trained tokens.
+
+    Args:
+        micro_batches: this rank's share; as many on every rank. A batch whose labels are all
+            masked takes part with loss 0.
+        tokens: trained tokens in the whole step, over all ranks and micro-batches, so that the
+            loss does not depend on how the examples are spread.
+        lr: learning rate of this step.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.model.train()
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for i, batch in enumerate(micro_batches):
+        batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+        ds = engine.deepspeed
+        if ds is not None:
+            ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        loss = (ds or engine.model)(**batch, use_cache=False, num_items_in_batch=tokens).loss
+        total += loss.detach()
+        if ds is not None:
+            # DeepSpeed averages gradients over ranks; the loss is already a share of the sum.
+            ds.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+        else:
+            loss.backward()
+    if engine.deepspeed is not None:
+        engine.deepspeed.step()
+    else:
+        _plain_step(engine)
+    return distributed.sum_over_ranks(float(total))[0]
+
+
+def read_pairs(engine: Engine) -> Iterator[tuple[str, Pair]]:
+    """Yield the client adapter layer by layer, float32 on the CPU; every rank must take part."""
+    for name, layer in engine.layers.items():
+        A, B = layer.lora_A[CLIENT].weight, layer.lora_B[CLIENT].weight
+        yield name, Pair(_full_float32(A), _full_float32(B))
+
+
+def set_side(engine: Engine, pair_of: Callable[[str], Pair]) -> None:
+    """Set the side adapter on this rank; it counts once `set_adapter` is told so."""
+    _release(engine)
+    for name, layer in engine.layers.items():
+        _write_pair(layer, pair_of(name), SIDE)
+
+
+def fold_targets(engine: Engine) -> dict[str, Target]:
+    """Return where each adapted layer's frozen weight lives on this rank."""
+    _release(engine)
+    targets = {}
+    for name, layer in engine.layers.items():
+        weight, transposed = layer.get_base_layer().weight, bool(layer.fan_in_fan_out)
+        if hasattr(weight, "ds_tensor"):
+            start = weight.ds_tensor.ds_numel * distributed.rank()
+            numel = max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - start))
+            targets[name] = Target(
+                flat=weight.ds_tensor.data.view(-1)[:numel],
+                shape=tuple(weight.ds_shape),
+                start=start,
+                transposed=transposed,
+            )
+        else:
+            targets[name] = Target(
+                flat=weight.data.view(-1), shape=tuple(weight.shape), transposed=transposed
+            )
+    return targets
+
+
+def read_ds_config(
+    section: EngineSection,
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    max_grad_norm: float,
+    bf16: bool,
+) -> dict[str, Any]:
+    """Return the DeepSpeed JSON with its "auto" values filled in.
+
+    Raises:
+        UserError: unreadable, or it sets what the run sets (optimizer, scheduler), or asks for a
+            ZeRO feature under which a direct write to a shard would go stale.
+    """
+    try:
+        config = json.loads(Path(section.deepspeed).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"engine.deepspeed: cannot read {section.deepspeed} ({error.strerror}); "
+            "choose a file of ds_configs/"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"engine.deepspeed: {section.deepspeed} is not valid JSON ({error})"
+        ) from None
+    zero = config.get("zero_optimization", {})
+    refused = {
+        "optimizer": "optimizer" in config,
+        "scheduler": "scheduler" in config,
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+        "mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+        "zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
+        "zero_quantized_nontrainable_weights": bool(
+            zero.get("zero_quantized_nontrainable_weights")
+        ),
+        "offload_optimizer.device: nvme": (zero.get("offload_optimizer") or {}).get("device")
+        == "nvme",
+    }
+    for key, present in refused.items():
+        if present:
+            raise UserError(
+                f"engine.deepspeed: {section.deepspeed} sets {key}, which does not work with "
+                "sequential clients on one engine; remove it"
+            )
+    values = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * distributed.world_size(),
+        "gradient_clipping": max_grad_norm,
+        "enabled": bf16,
+        "nvme_path": section.nvme_path,
+    }
+    return _fill_auto(config, values)
+
+
+def _fill_auto(node: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    filled = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            value = _fill_auto(value, values)
+        elif value == "auto":
+            if values.get(key) is None:
+                remedy = "set engine.nvme_path" if key == "nvme_path" else "give it a value"
+                raise UserError(f"engine.deepspeed: nothing to fill {key}: auto with; {remedy}")
+            value = values[key]
+        filled[key] = value
+    return filled
+
+
+def _check_quantization(model: ModelSection, ds_config: dict[str, Any]) -> None:
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if model.quantization != "none" and stage == 3:
+        raise UserError(
+            f"model.quantization: expected none under ZeRO-3, got {model.quantization}, whose "
+            "packed weights cannot be sharded; use ZeRO-2 or no quantization"
+        )
+
+
+@contextmanager
+def _partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
+    """Under ZeRO-3, let transformers load each weight straight into its shards."""
+    if ds_config is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    holder = HfDeepSpeedConfig(ds_config)  # transformers sees it for as long as it lives
+    yield
+    del holder
+
+
+def _optimizer(
+    kind: OPTIMIZERS, parameters: list[nn.Parameter], weight_decay: float
+) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    import bitsandbytes
+
+    cls = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }[kind]
+    return cls(parameters, lr=0.0, weight_decay=weight_decay)
+
+
+def _plain_step(engine: Engine) -> None:
+    parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    if distributed.world_size() > 1:
+        flat = torch.cat([p.grad.view(-1) for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+    if engine.max_grad_norm > 0 and math.isfinite(engine.max_grad_norm):
+        torch.nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
+
+
+def _write_pair(layer: LoraLayer, pair: Pair, adapter: str) -> None:
+    _write(layer.lora_A[adapter].weight, pair.A_RI)
+    _write(layer.lora_B[adapter].weight, pair.B_OR)
+
+
+def _release(engine: Engine) -> None:
+    """Under ZeRO-3, drop gathered copies, so that a shard is the only place to write to."""
+    if engine.deepspeed is not None and engine.deepspeed.zero_optimization_partition_weights():
+        engine.deepspeed.empty_partition_cache()
+
+
+@torch.no_grad()
+def _write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter here: the copy that computes, and the float32 master where there is one."""
+    if hasattr(parameter, "ds_tensor"):
+        shard = parameter.ds_tensor
+        start = shard.ds_numel * distributed.rank()
+        part = value.reshape(-1)[start : start + shard.ds_numel]
+        padded = torch.zeros(shard.ds_numel, dtype=torch.float32)
+        padded[: part.numel()] = part
+        shard.data.copy_(padded)
+        if parameter.requires_grad:
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(parameter, padded)
+        return
+    parameter.data.copy_(value)
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.float())
+
+
+@torch.no_grad()
+def _full_float32(parameter: nn.Parameter) -> Tensor:
+    """Return the parameter whole, from its float32 master where there is one."""
+    if hasattr(parameter, "ds_tensor") and not parameter.requires_grad:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.to("cpu", torch.float32, copy=True)
+    if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).to("cpu", torch.float32, copy=True)
+    return parameter.data.to("cpu", torch.float32, copy=True)
+
+
+def read_base_weight(engine: Engine, layer: str) -> Tensor:
+    """Return one frozen weight whole, on the CPU; every rank must take part."""
+    weight = engine.layers[layer].get_base_layer().weight
+    if hasattr(weight, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.data.to("cpu", copy=True)
+    return weight.data.to("cpu")

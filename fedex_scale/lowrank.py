@@ -1,0 +1,179 @@
+"""Linear algebra of low-rank matrices U V, without ever forming the product.
+
+Factors are float32; everything in between is float64. Sums too wide to hold are `Pieces`.
+
+Legend: O rows, I columns, P rank of a low-rank matrix, Q width of a basis: `U_OP`, `V_PI`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def stack(*parts: LowRank) -> LowRank:
+    """Return the sum of low-rank matrices as one, their factors side by side."""
+    return LowRank(
+        torch.cat([part.U_OP for part in parts], dim=1),
+        torch.cat([part.V_PI for part in parts], dim=0),
+    )
+
+
+def compress(x: LowRank, rank: int) -> tuple[LowRank, LowRank]:
+    """Split x into its best approximation of the given rank (Eckart-Young) and the rest.
+
+    Singular values fall, their square root goes to either side, and the largest entry of each
+    left vector is positive. Those that are rounding noise become zero.
+
+    Returns:
+        The best part, with exactly `rank` columns (zeros fill up), and the rest, with
+        max(0, min(O, I, P) - rank); float32. They sum to x.
+    """
+    left_OP, S_P, right_PI = _svd(x)
+    root_P = S_P.sqrt()
+    U_OP, V_PI = (left_OP * root_P).float(), (root_P[:, None] * right_PI).float()
+    missing = max(0, rank - S_P.numel())
+    best = LowRank(pad(U_OP[:, :rank], (0, missing)), pad(V_PI[:rank], (0, 0, 0, missing)))
+    return best, LowRank(U_OP[:, rank:], V_PI[rank:])
+
+
+def compress_pieces(pieces: Iterable[LowRank], rank: int) -> tuple[LowRank, Iterable[LowRank]]:
+    """Split a sum of pieces as `compress` does, with one piece in memory at a time.
+
+    A single piece is split by `compress`. Of more, the best part is found by subspace iteration,
+    and the rest is the pieces less the best part, so that both sum to the pieces all the same.
+
+    Args:
+        pieces: at least one, and iterable again and again: `Pieces` or a list.
+    """
+    only = _only(pieces)
+    if only is not None:
+        best, rest = compress(only, rank)
+        return best, [rest]
+    best = _leading_part(pieces, rank)
+    return best, Pieces(lambda: chain(pieces, [LowRank(-best.U_OP, best.V_PI)]))
+
+
+def inner(x: LowRank, y: LowRank) -> float:
+    """Return trace(x^T y), through two small Gram matrices."""
+    return _gram_products(x, y).sum().item()
+
+
+def norm(x: LowRank) -> float:
+    """Return the Frobenius norm; by QR where the columns cancel and Gram matrices would not do."""
+    terms_PP = _gram_products(x, x)
+    square = terms_PP.sum().item()
+    if square > 1e-6 * terms_PP.abs().sum().item():
+        return math.sqrt(square)
+    return torch.linalg.vector_norm(_core(x)).item()
+
+
+def norm_of_sum(pieces: Iterable[LowRank], *, max_entries: int = 2**22) -> float:
+    """Return the Frobenius norm of a sum of pieces, in time linear in their number.
+
+    Of several pieces, blocks of rows are summed up densely, `max_entries` float64 numbers at a
+    time, since the number of their cross terms is quadratic.
+
+    Args:
+        pieces: at least one, and iterable again and again: `Pieces` or a list.
+    """
+    only = _only(pieces)
+    if only is not None:
+        return norm(only)
+    U_OP, V_PI = next(iter(pieces))
+    num_rows = max(1, max_entries // V_PI.shape[1])
+    square = 0.0
+    for start in range(0, U_OP.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        block = sum(piece.U_OP[rows].double() @ piece.V_PI.double() for piece in pieces)
+        square += block.square().sum().item()
+    return math.sqrt(square)
+
+
+def singular_values(x: LowRank) -> Tensor:
+    """Return the min(O, I, P) largest singular values, falling, float64; all others are zero."""
+    return torch.linalg.svdvals(_core(x))
+
+
+def _only(pieces: Iterable[LowRank]) -> LowRank | None:
+    """Return the single piece, or None if there are more."""
+    iterator = iter(pieces)
+    first = next(iterator)
+    return first if next(iterator, None) is None else None
+
+
+def _gram_products(x: LowRank, y: LowRank) -> Tensor:
+    """Return a matrix whose entries sum to trace(x^T y)."""
+    return (x.U_OP.double().T @ y.U_OP.double()) * (x.V_PI.double() @ y.V_PI.double().T)
+
+
+def _core(x: LowRank) -> Tensor:
+    """Return a small matrix that has the singular values of x."""
+    R_u = torch.linalg.qr(x.U_OP.double(), mode="r").R
+    R_v = torch.linalg.qr(x.V_PI.double().T, mode="r").R
+    return R_u @ R_v.T
+
+
+def _svd(x: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of x: QR of both factors, then an SVD of the small core."""
+    Q_u, R_u = torch.linalg.qr(x.U_OP.double())
+    Q_v, R_v = torch.linalg.qr(x.V_PI.double().T)
+    left, S_P, right = torch.linalg.svd(R_u @ R_v.T, full_matrices=False)
+    left, right = Q_u @ left, right @ Q_v.T
+    noise = S_P[:1] * (max(left.shape[0], right.shape[1]) * torch.finfo(S_P.dtype).eps)
+    S_P = S_P.masked_fill(S_P.le(noise), 0)
+    largest = left.abs().argmax(dim=0, keepdim=True)
+    sign_P = torch.where(left.gather(0, largest)[0] < 0, -1.0, 1.0).to(S_P)
+    return left * sign_P, S_P, sign_P[:, None] * right
+
+
+def _leading_part(pieces: Iterable[LowRank], rank: int, *, max_passes: int = 50) -> LowRank:
+    """Return the best rank-`rank` part of a sum of pieces, by subspace iteration.
+
+    A pass multiplies the sum M by a thin basis and its transpose by the result, then takes the
+    leading part within that basis. Passes end when its squared norm grows by less than 1e-10.
+    Deterministic. Source: Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4.
+    """
+    U_OP, V_PI = next(iter(pieces))
+    num_out, num_in = U_OP.shape[0], V_PI.shape[1]
+    width = min(2 * rank + 16, num_out, num_in)
+    start = torch.randn(num_in, width, generator=torch.Generator().manual_seed(0)).double()
+    basis_IQ = torch.linalg.qr(start.to(V_PI.device)).Q
+    square = 0.0
+    for _ in range(max_passes):
+        image_OQ = sum(p.U_OP.double() @ (p.V_PI.double() @ basis_IQ) for p in pieces)
+        left_OQ = torch.linalg.qr(image_OQ).Q
+        right_IQ = sum(p.V_PI.double().T @ (p.U_OP.double().T @ left_OQ) for p in pieces)
+        basis_IQ = torch.linalg.qr(right_IQ).Q
+        within = LowRank(left_OQ, right_IQ.T)
+        last, square = square, singular_values(within)[:rank].square().sum().item()
+        if square - last <= 1e-10 * square:
+            break
+    return compress(within, rank)[0]
+
+
+class LowRank(NamedTuple):
+    """The matrix U V, float32."""
+
+    U_OP: Tensor
+    V_PI: Tensor
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A sum of low-rank matrices, streamed anew by every iteration.
+
+    At least one piece comes, maybe of 0 columns, so that shapes are always known.
+    """
+
+    stream: Callable[[], Iterator[LowRank]]
+
+    def __iter__(self) -> Iterator[LowRank]:
+        return self.stream()

@@ -1,0 +1,182 @@
+"""The base model and its tokenizer, wrapped once with the adapters that all rounds use."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedex_scale.adapters import LoraSection
+from fedex_scale.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    path: str
+    """Hub id or directory of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16, but float32 on a CPU that does not multiply bfloat16 fast."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: eager for Gemma-2, whose soft-capping rules out sdpa; sdpa otherwise."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more compute."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Hold the frozen base in 8 or 4 bits (bitsandbytes)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose authors you trust."""
+
+
+def resolve_dtype(section: ModelSection) -> torch.dtype:
+    """Return the dtype that the base is held and computed in."""
+    if section.dtype == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16
+        features = torch.cpu.get_capabilities()
+        if features.get("avx512_bf16") or features.get("amx_bf16"):
+            return torch.bfloat16
+        log.info("model.dtype: float32, as this CPU has no fast bfloat16")
+        return torch.float32
+    return getattr(torch, section.dtype)
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a pad token (eos where it has none)."""
+    tokenizer = _load(AutoTokenizer, section)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: the tokenizer of {section.path} has no EOS token; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned."""
+    config = _load(AutoConfig, section)
+    options = {"dtype": dtype, "attn_implementation": _attention(section, config), "config": config}
+    if section.quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=section.quantization == "int8",
+            load_in_4bit=section.quantization == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": device}
+    model = _load(AutoModelForCausalLM, section, **options)
+    model.config.use_cache = True
+    model.requires_grad_(False)
+    return model
+
+
+def add_adapters(
+    model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int
+) -> PeftModel:
+    """Wrap the model with the client adapter and, if `side_rank`, the frozen side adapter.
+
+    Args:
+        trains: which factors train, a subset of {"A", "B"}.
+        side_rank: columns of the side adapter, which holds folded residuals; 0 for none.
+
+    Raises:
+        UserError: the target modules match nothing.
+    """
+    targets = lora.target_modules
+    targets = targets if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=CLIENT)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _linear(m)})
+        raise UserError(
+            f"lora.target_modules: expected names of modules in {model.config.model_type}, "
+            f"got {targets}, which match nothing; choose from {', '.join(names)}"
+        ) from None
+    if side_rank:
+        side = LoraConfig(
+            r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
+        )
+        peft_model.add_adapter(SIDE, side)
+    activate(peft_model, trains=trains, side=False)
+    return peft_model
+
+
+def activate(model: PeftModel, *, trains: frozenset[str], side: bool) -> None:
+    """Let the forward pass see the client adapter, and the side adapter or not.
+
+    PEFT makes active adapters trainable as a whole, so the flags are set anew here.
+    """
+    model.base_model.set_adapter([CLIENT, SIDE] if side else [CLIENT])
+    for name, parameter in model.named_parameters():
+        factor = "A" if ".lora_A." in name else "B" if ".lora_B." in name else None
+        parameter.requires_grad_(f".{CLIENT}." in name and factor in trains)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return every adapted layer by its name in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _attention(section: ModelSection, config: PretrainedConfig) -> str:
+    if section.attention != "auto":
+        return section.attention
+    return "eager" if config.model_type == "gemma2" else "sdpa"
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _load(cls: type, section: ModelSection, **options):
+    """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
+    path = Path(section.path)
+    local = path.exists() or section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
+    if local and not (path / "config.json").is_file():
+        raise UserError(
+            f"model.path: expected a model directory or a hub id, got {section.path}, "
+            "which has no config.json; correct the path (make model fetches the quickstart's)"
+        )
+    try:
+        return cls.from_pretrained(
+            section.path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path: cannot load {section.path}: {reason}") from None

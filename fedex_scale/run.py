@@ -1,0 +1,164 @@
+"""One run, from its config to its final files: prepare, train round by round, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from fedex_scale import distributed, evaluation, models
+from fedex_scale.aggregator import default_side_rank
+from fedex_scale.client import num_steps
+from fedex_scale.config import Config, load_config, to_dict
+from fedex_scale.data.batching import Examples
+from fedex_scale.data.partition import describe, split
+from fedex_scale.data.prompts import encode
+from fedex_scale.data.sources import load_rows, schema_of
+from fedex_scale.engine import Engine, build_engine
+from fedex_scale.errors import UserError
+from fedex_scale.export import write_final
+from fedex_scale.methods import METHODS
+from fedex_scale.progress import Monitor, open_trackers
+from fedex_scale.rounds import choose_clients, run_rounds
+from fedex_scale.state import RunDir, derive_seed
+
+
+def run_config(path: str | Path, overrides: Sequence[str]) -> None:
+    """Do the run that a config file describes; every rank of the launcher calls this.
+
+    Raises:
+        UserError: what the user can put right, on every rank; before anything is written or
+            trained where it can be known by then.
+    """
+    config = load_config(path, overrides)
+    distributed.join_group(required=config.engine.deepspeed is not None)
+    run = RunDir(config.run.path)
+    distributed.on_main(lambda: check_directory(config))
+    distributed.together(lambda: evaluation.check_tasks(config.evaluation))
+    tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
+    clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+    engine = distributed.together(lambda: engine_for(config, len(clients)))
+    distributed.on_main(lambda: make_directory(config, run, partition))
+    _run(config, engine, tokenizer, clients, run)
+    distributed.leave_group()
+
+
+def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:
+    """Return each client's examples, and what partition.json says of them."""
+    seed = config.run.seed
+    rows = load_rows(config.data, derive_seed(seed, "rows"))
+    examples = encode(rows, schema_of(config.data), tokenizer, max_length=config.data.max_length)
+    rows = rows.select(examples.rows)
+    parts = split(rows, config.partition, derive_seed(seed, "partition"))
+    report = describe(parts, rows, config.partition.column)
+    report |= {"truncated": examples.num_truncated, "dropped": examples.num_dropped}
+    if METHODS[config.method.name].one_client:
+        parts = [sorted(index for part in parts for index in part)]
+    return [examples.select(part) for part in parts], report
+
+
+def engine_for(config: Config, num_clients: int) -> Engine:
+    """Build the run's engine."""
+    train = config.train
+    per_forward = train.micro_batch_size * distributed.world_size()
+    chosen = len(choose_clients(config.federation, num_clients, config.run.seed, 1))
+    side_rank = default_side_rank(config.method, chosen, config.lora.rank)
+    if config.aggregate.fold != "side":
+        side_rank = 0
+    elif side_rank and config.aggregate.side_rank:
+        side_rank = config.aggregate.side_rank
+    return build_engine(
+        config.model,
+        config.lora,
+        config.engine,
+        trains=METHODS[config.method.name].trains,
+        side_rank=side_rank,
+        optimizer=train.optimizer,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=max(1, -(-train.batch_size // per_forward)),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+
+
+def check_directory(config: Config) -> None:
+    """Raise a UserError where the run directory is in use or cannot be written."""
+    path = config.run.path
+    if path.exists() and not config.run.overwrite:
+        raise UserError(
+            f"run.name: {path} exists; choose another run.name, or run.overwrite=true to delete it"
+        )
+    parent = path.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".{path.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run.dir: cannot write to {parent} ({error.strerror}); choose another run.dir"
+        ) from None
+
+
+def make_directory(config: Config, run: RunDir, partition: dict) -> None:
+    """Make the run directory, with what was decided before the first step."""
+    if run.path.exists():
+        shutil.rmtree(run.path)
+    run.path.mkdir(parents=True)
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    (run.path / "config.yaml").write_text(text, encoding="utf-8")
+    (run.path / "partition.json").write_text(json.dumps(partition, indent=2) + "\n")
+
+
+def _run(
+    config: Config,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    clients: list[Examples],
+    run: RunDir,
+) -> None:
+    rounds, seed = config.federation.rounds, config.run.seed
+    total = sum(
+        num_steps(len(clients[client]), config.train)
+        for round in range(1, rounds + 1)
+        for client in choose_clients(config.federation, len(clients), seed, round)
+    )
+    trackers = open_trackers(config.run.trackers, run.path, to_dict(config))
+    with Monitor(run.path / "metrics.jsonl", total_steps=total, trackers=trackers) as monitor:
+        monitor.say(_intro(config, engine, clients))
+
+        def evaluate(round: int) -> None:
+            if config.evaluation.due(round, rounds):
+                began = time.perf_counter()
+                results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
+                evaluation.write_results(results, run.evaluation(round))
+                seconds = time.perf_counter() - began
+                monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
+
+        pad_id = tokenizer.pad_token_id
+        state = run_rounds(
+            config, engine, clients, run, pad_id=pad_id, evaluate=evaluate, log=monitor.log
+        )
+        written = write_final(config, engine, run, state)
+        monitor.close({"run": run.path, **written})
+
+
+def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:
+    """Return one line that says what is about to run, and on what."""
+    rank, trains = config.lora.rank, engine.trains
+    sizes = [
+        {"A": rank * num_in, "B": num_out * rank} for num_out, num_in in engine.shapes().values()
+    ]
+    trained = sum(size[factor] for size in sizes for factor in trains)
+    how = Path(config.engine.deepspeed).stem if config.engine.deepspeed else "plain PyTorch"
+    return (
+        f"{config.method.name} on {config.model.path}: {len(clients)} clients, "
+        f"{sum(map(len, clients))} examples, {trained:,} trained parameters in "
+        f"{len(engine.layers)} layers; {str(engine.dtype).removeprefix('torch.')}, {how}, "
+        f"{distributed.world_size()} x {engine.device.type}"
+    )

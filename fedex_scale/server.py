@@ -1,0 +1,131 @@
+"""The server's part of a round: draw, aggregate into the run directory, and show the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fedex_scale import distributed
+from fedex_scale.adapters import Adapter, AdapterWriter
+from fedex_scale.aggregator import AggregateReport, Round, Sinks, aggregate, base_update_rank
+from fedex_scale.algebra import Pair
+from fedex_scale.client import open_adapter
+from fedex_scale.config import Config
+from fedex_scale.engine import Engine, set_adapter, set_side
+from fedex_scale.methods import fresh_pair
+from fedex_scale.state import RunDir, ServerState, derive_seed
+from fedex_scale.weights import Target
+
+
+def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Callable[[str], Pair]:
+    """Return a draw of the adapter by layer: PEFT's A, and B = 0, so that the model is the base's.
+
+    Args:
+        owner: what the draw depends on besides the seed and the layer; nothing for the one draw
+            that all clients share.
+    """
+    shapes = engine.shapes()
+
+    def draw(layer: str) -> Pair:
+        seed = derive_seed(config.run.seed, "init", *owner, layer)
+        generator = torch.Generator().manual_seed(seed)
+        num_out, num_in = shapes[layer]
+        rank = config.lora.rank
+        like = Pair(torch.empty(rank, num_in), torch.empty(num_out, rank))
+        return fresh_pair(like, generator)
+
+    return draw
+
+
+def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
+    """Write the adapter that the first round begins with."""
+    if distributed.is_main():
+        draw = fresh_adapter(config, engine)
+        with open_adapter(engine, run.adapter(0), config.lora, config.model.path) as writer:
+            for layer in engine.layers:
+                writer.write(layer, draw(layer))
+    distributed.barrier()
+
+
+def show(engine: Engine, run: RunDir, state: ServerState) -> None:
+    """Let the engine hold the server's model: its adapter, and the side adapter if there is one."""
+    if state.has_side:
+        set_side(engine, Adapter(run.side(state.round)).pair)
+    set_adapter(engine, Adapter(run.adapter(state.round)).pair, side=state.has_side)
+
+
+def aggregate_round(
+    config: Config,
+    engine: Engine,
+    targets: Mapping[str, Target],
+    clients: Sequence[int],
+    weights: Sequence[float],
+    run: RunDir,
+    state: ServerState,
+) -> tuple[ServerState, AggregateReport]:
+    """Aggregate the clients' adapters of one round, and fold; every rank must take part.
+
+    Args:
+        targets: the base weights on this rank, which a fold changes in place.
+        clients: the clients of the round; their adapters are in the run directory.
+        weights: w_k, summing to 1.
+
+    Returns:
+        The new state, and what was done. The factors are in the run directory.
+    """
+    number = state.round + 1
+    update_rank = base_update_rank(config.method, len(clients), config.lora.rank)
+    side_rank = engine.side_rank if update_rank else 0
+    task = Round(
+        clients=[Adapter(run.client(number, client)) for client in clients],
+        weights=weights,
+        previous=Adapter(run.adapter(state.round)),
+        rank=config.lora.rank,
+        scaling=config.lora.scaling,
+        side=Adapter(run.side(state.round)) if state.has_side else None,
+        side_rank=side_rank,
+    )
+    with ExitStack() as stack:
+        sinks = Sinks()
+        if distributed.is_main():
+            sinks = _open_sinks(config, engine, run.server(number), update_rank, side_rank, stack)
+        report = aggregate(
+            task,
+            config.method,
+            config.aggregate,
+            targets,
+            sinks,
+            seed=lambda layer: derive_seed(config.run.seed, "fresh", number, layer),
+            side_dtype=engine.dtype,
+        )
+    if distributed.is_main():
+        text = json.dumps(report.as_dict(), indent=2) + "\n"
+        (run.server(number) / "aggregate.json").write_text(text)
+    distributed.barrier()
+    changed = state.base_changed or report.base_changed
+    return ServerState(round=number, has_side=side_rank > 0, base_changed=changed), report
+
+
+def _open_sinks(
+    config: Config, engine: Engine, path: Path, update_rank: int, side_rank: int, stack: ExitStack
+) -> Sinks:
+    """Open the PEFT directories that a round's results are written to."""
+    base, shapes = config.model.path, engine.shapes()
+
+    def unscaled(name: str, rank: int) -> AdapterWriter:
+        writer = AdapterWriter(path / name, shapes, rank=rank, alpha=rank, base=base)
+        return stack.enter_context(writer)
+
+    adapter = stack.enter_context(open_adapter(engine, path / "adapter", config.lora, base))
+    sinks = Sinks(adapter=adapter.write)
+    if update_rank:
+        sinks = replace(sinks, residual=unscaled("residual", update_rank).write_sum)
+    if side_rank:
+        side = unscaled("side", side_rank)
+        sinks = replace(sinks, side=lambda layer, kept: side.write_sum(layer, [kept]))
+    return sinks

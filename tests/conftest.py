@@ -1,0 +1,22 @@
+"""What every test starts from: no hub, repeatable property tests, GPU tests only on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Read when huggingface_hub is first imported, and inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
