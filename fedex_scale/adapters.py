@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 from fedex_scale.algebra import LowRank, Pair, align, lora_scaling, stack
 from fedex_scale.errors import UserError
 
+T = TypeVar("T")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -42,7 +44,7 @@ class LoraSection:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"lora.rank: expected at least 1, got {self.rank}; 32 is the paper's")
-        if self.alpha <= 0:
+        if not 0 < self.alpha < float("inf"):
             raise UserError(f"lora.alpha: expected a positive number, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout: expected 0 to below 1, got {self.dropout}")
@@ -86,21 +88,20 @@ class Adapter:
 
     def pair(self, layer: str) -> Pair:
         """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
+        return Pair(*(self._get(layer, name, self._file.get_tensor) for name in "AB"))
+
+    def shapes(self, layer: str) -> tuple[int, int]:
+        """Return (O, I) of one layer without reading its tensors."""
+        A, B = (self._get(layer, name, self._file.get_slice).get_shape() for name in "AB")
+        return B[0], A[1]
+
+    def _get(self, layer: str, factor: str, get: Callable[[str], T]) -> T:
         try:
-            return Pair(
-                self._file.get_tensor(f"{_PREFIX}{layer}.lora_A.weight"),
-                self._file.get_tensor(f"{_PREFIX}{layer}.lora_B.weight"),
-            )
+            return get(f"{_PREFIX}{layer}.lora_{factor}.weight")
         except SafetensorError:
             raise UserError(
                 f"{self.path}: layer {layer} is missing; every client must adapt the same layers"
             ) from None
-
-    def shapes(self, layer: str) -> tuple[int, int]:
-        """Return (O, I) of one layer without reading its tensors."""
-        A = self._file.get_slice(f"{_PREFIX}{layer}.lora_A.weight").get_shape()
-        B = self._file.get_slice(f"{_PREFIX}{layer}.lora_B.weight").get_shape()
-        return B[0], A[1]
 
 
 class LayerPairs(Sequence[Pair]):
@@ -285,6 +286,7 @@ def _read_config(path: Path) -> dict:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{file}: expected r >= 1 and a numeric lora_alpha, got {rank}, {alpha}")
+    positive = isinstance(alpha, (int, float)) and 0 < alpha < float("inf")
+    if not isinstance(rank, int) or rank < 1 or not positive:
+        raise UserError(f"{file}: expected r >= 1 and a positive lora_alpha, got {rank}, {alpha}")
     return config

@@ -198,7 +198,7 @@ def aggregate(
     report, stats = AggregateReport(), {}
     for layer in round.previous.layers:
         target = targets[layer]
-        device = target.flat.device
+        device = target.device
         pairs = LayerPairs(
             round.clients, layer, rank=round.rank, scaling=round.scaling, device=device
         )

@@ -252,7 +252,7 @@ class Clients(NamedTuple):
 
     Fields:
         pairs: one a client, any float dtype. May be lazy: each access may be a read from disk.
-        weight_K: non-negative, sums to 1; a client of weight 0 is not read.
+        weight_K: non-negative, sums to 1; a client of weight 0 does not count.
         scaling: s = alpha / R, or alpha / sqrt(R).
     """
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +38,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    _quieten_libraries()
     try:
         app(list(arguments) if arguments is not None else None, standalone_mode=True)
     except UserError as error:
@@ -46,6 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"error: {error}", file=sys.stderr)
         distributed.leave_group()
         sys.exit(2)
+
+
+def _quieten_libraries() -> None:
+    """Leave the terminal to this program: of the libraries, show errors only."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fedex_scale").setLevel(logging.INFO)
+    for name in ("bitsandbytes", "transformers", "DeepSpeed", "lm_eval", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class TrainSection:
             raise UserError(f"train.max_steps: expected at least 1 or none, got {self.max_steps}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"train.warmup_ratio: expected 0 to below 1, got {self.warmup_ratio}")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             raise UserError(f"train.learning_rate: expected above 0, got {self.learning_rate}")
 
 

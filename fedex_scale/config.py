@@ -41,8 +41,8 @@ class RunSection:
     """Any of tensorboard, wandb, trackio; through accelerate's trackers."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise UserError(f"run.name: expected a plain name, got {self.name!r}; drop the slashes")
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise UserError(f"run.name: expected a plain name, got {self.name!r}; try my_run")
         known = ("tensorboard", "wandb", "trackio")
         for tracker in self.trackers:
             if tracker not in known:
@@ -204,7 +204,8 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return tuple(value)
+            if all(isinstance(item, typing.get_args(option)[0]) for item in value):
+                return tuple(value)
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
@@ -233,7 +234,7 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             names.append("one of " + ", ".join(map(str, typing.get_args(option))))
         elif typing.get_origin(option) is tuple:
-            names.append("a list")
+            names.append("a list of text")
         else:
             plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
             names.append(plain.get(option, "nothing" if option is type(None) else str(option)))

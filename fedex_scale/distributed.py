@@ -32,7 +32,7 @@ def join_group(*, required: bool) -> None:
     if not dist.is_initialized() and (required or expected > 1):
         if "RANK" not in os.environ:
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+            os.environ.update(alone, MASTER_PORT=str(free_port()))
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -120,7 +120,8 @@ def together(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -85,6 +85,7 @@ def build_engine(
             accumulation=accumulation,
             max_grad_norm=max_grad_norm,
             bf16=dtype == torch.bfloat16,
+            largest_weight=models.largest_weight(model),
         )
         _check_quantization(model, ds_config)
     with _partitioned_loading(ds_config):
@@ -194,24 +195,48 @@ def set_side(engine: Engine, pair_of: Callable[[str], Pair]) -> None:
 
 def fold_targets(engine: Engine) -> dict[str, Target]:
     """Return where each adapted layer's frozen weight lives on this rank."""
-    _release(engine)
     targets = {}
     for name, layer in engine.layers.items():
         weight, transposed = layer.get_base_layer().weight, bool(layer.fan_in_fan_out)
-        if hasattr(weight, "ds_tensor"):
-            start = weight.ds_tensor.ds_numel * distributed.rank()
-            numel = max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - start))
-            targets[name] = Target(
-                flat=weight.ds_tensor.data.view(-1)[:numel],
-                shape=tuple(weight.ds_shape),
-                start=start,
-                transposed=transposed,
-            )
-        else:
-            targets[name] = Target(
-                flat=weight.data.view(-1), shape=tuple(weight.shape), transposed=transposed
-            )
+        if not hasattr(weight, "ds_tensor"):
+            flat, shape = weight.data.view(-1), tuple(weight.shape)
+            targets[name] = Target(flat=flat, shape=shape, transposed=transposed)
+            continue
+        start = weight.ds_tensor.ds_numel * distributed.rank()
+        targets[name] = Target(
+            lend=lambda w=weight: _lend_shard(engine, w),
+            shape=tuple(weight.ds_shape),
+            numel=max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - start)),
+            start=start,
+            device=engine.device,
+            transposed=transposed,
+        )
     return targets
+
+
+@contextmanager
+def _lend_shard(engine: Engine, weight: nn.Parameter) -> Iterator[Tensor]:
+    """Give this rank's elements of a partitioned weight on the engine's device, to be changed."""
+    _release(engine)
+    with _resident(weight) as shard:
+        start = shard.numel() * distributed.rank()
+        here = shard[: max(0, min(shard.numel(), weight.ds_numel - start))]
+        there = here.to(engine.device)
+        yield there
+        if there.data_ptr() != here.data_ptr():
+            here.copy_(there)
+
+
+@contextmanager
+def _resident(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """Give a parameter's flat shard, fetched from NVMe and written back if that is its place."""
+    shard = parameter.ds_tensor
+    fetched = shard.final_location == "nvme" and shard.status.name == "NOT_AVAILABLE"
+    if fetched:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    yield shard.data.view(-1)
+    if fetched:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 def read_ds_config(
@@ -221,8 +246,13 @@ def read_ds_config(
     accumulation: int,
     max_grad_norm: float,
     bf16: bool,
+    largest_weight: int,
 ) -> dict[str, Any]:
     """Return the DeepSpeed JSON with its "auto" values filled in.
+
+    Args:
+        largest_weight: elements of the model's largest weight; a buffer for NVMe must hold its
+            shard.
 
     Raises:
         UserError: unreadable, or it sets what the run sets (optimizer, scheduler), or asks for a
@@ -264,7 +294,9 @@ def read_ds_config(
         "train_batch_size": micro_batch_size * accumulation * distributed.world_size(),
         "gradient_clipping": max_grad_norm,
         "enabled": bf16,
+        "pin_memory": torch.cuda.is_available(),
         "nvme_path": section.nvme_path,
+        "buffer_size": -(-largest_weight // distributed.world_size()),
     }
     return _fill_auto(config, values)
 
@@ -352,7 +384,8 @@ def _write(parameter: nn.Parameter, value: Tensor) -> None:
         part = value.reshape(-1)[start : start + shard.ds_numel]
         padded = torch.zeros(shard.ds_numel, dtype=torch.float32)
         padded[: part.numel()] = part
-        shard.data.copy_(padded)
+        with _resident(parameter) as flat:
+            flat.copy_(padded)
         if parameter.requires_grad:
             from deepspeed.utils import safe_set_local_fp32_param
 

@@ -141,4 +141,4 @@ def _task(name: str, section: EvaluationSection, manager: TaskManager, scratch: 
 def _task_manager() -> TaskManager:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(TASKS_DIR), verbosity="ERROR")
+    return TaskManager(include_path=str(TASKS_DIR))

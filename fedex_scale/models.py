@@ -88,6 +88,16 @@ def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) 
     return model
 
 
+def largest_weight(section: ModelSection) -> int:
+    """Return how many elements the model's largest weight has, from its config alone."""
+    config = _load(AutoConfig, section)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=section.trust_remote_code
+        )
+    return max(parameter.numel() for parameter in model.parameters())
+
+
 def add_adapters(
     model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int
 ) -> PeftModel:

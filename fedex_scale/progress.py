@@ -106,9 +106,9 @@ class Monitor:
 
     def _client(self, fields: dict[str, Any]) -> None:
         self.say(
-            f"round {fields['round']}, client {fields['client']}: {fields['num_examples']} examples, "
-            f"{fields['num_steps']} steps, loss {fields['first_loss']:.3f} to "
-            f"{fields['last_loss']:.3f} in {_duration(fields['seconds'])}"
+            "round {round}, client {client}: {num_examples} examples, {num_steps} steps, "
+            "loss {first_loss:.3f} to {last_loss:.3f} in ".format(**fields)
+            + _duration(fields["seconds"])
         )
 
     def _round(self, fields: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ Legend: P, Q stored rows and columns; (P, Q) is (O, I) for nn.Linear and (I, O) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,22 +31,34 @@ class Target:
     """One stored matrix that can take a fold.
 
     Fields:
-        flat: the elements stored here, a flat view; written in place.
         shape: (P, Q) of the whole matrix.
-        start: index of `flat[0]` in the flattened whole.
+        flat: the elements stored here, a flat view, which a fold writes to.
+        lend: instead of `flat`, for storage that is not in memory: a context manager that gives
+            the elements and puts them back.
+        numel: how many elements are stored here.
+        start: index of the first of them in the flattened whole.
+        device: where to compute.
         transposed: stored as (I, O) and not as (O, I).
         carry: what rounding has kept out so far, float32, like `flat`; None before the first fold.
     """
 
-    flat: Tensor
     shape: tuple[int, int]
+    flat: InitVar[Tensor | None] = None
+    lend: Callable[[], AbstractContextManager[Tensor]] | None = None
+    numel: int = 0
     start: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     transposed: bool = False
     carry: Tensor | None = None
 
+    def __post_init__(self, flat: Tensor | None) -> None:
+        if flat is not None:
+            self.lend = lambda: nullcontext(flat)
+            self.numel, self.device = flat.numel(), flat.device
+
     @property
     def is_whole(self) -> bool:
-        return self.flat.numel() == self.shape[0] * self.shape[1]
+        return self.numel == self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats
     """Add sum_j U_j V_j to the stored matrix, in place.
 
     Args:
-        pieces: U (O, P_j) and V (P_j, I), float32, on the device of `target.flat`; a sequence, or
+        pieces: U (O, P_j) and V (P_j, I), float32, on `target.device`; a sequence, or
             a stream that can be iterated again and again.
         carry: keep what rounding to the stored dtype loses, and add it at the next fold (error
             feedback), so that it never adds up. Without, it is lost.
@@ -70,25 +83,29 @@ def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats
         The squared norms of the intended change (without earlier carry) and of the difference
         between it and the change that the stored matrix made.
     """
-    if not pieces:
+    if not pieces or not target.numel:
         return FoldStats()
+    with target.lend() as flat:
+        return _fold(target, flat, pieces, carry)
+
+
+def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) -> FoldStats:
     rows, columns = target.shape
     streamed = not isinstance(pieces, Sequence)
     step = max(1, WIDE_BLOCK_ENTRIES // columns) if streamed else BLOCK_ROWS
-    end = target.start + target.flat.numel()
-    if carry and target.carry is None and target.flat.dtype != torch.float32:
-        target.carry = torch.zeros_like(target.flat, dtype=torch.float32)
+    end = target.start + target.numel
+    carry = carry and flat.dtype != torch.float32
+    if carry and target.carry is None:
+        target.carry = torch.zeros_like(flat, dtype=torch.float32)
     intended = missed = 0.0
-    buffer = target.flat.new_empty(min(step, rows), columns, dtype=torch.float32)
+    buffer = flat.new_empty(min(step, rows), columns, dtype=torch.float32)
     for row in range(target.start // columns // step * step, -(-end // columns), step):
         delta = _rows(pieces, slice(row, min(row + step, rows)), target.transposed, buffer)
         offset = row * columns - target.start
         low, high = max(0, -offset), min(delta.numel(), end - row * columns)
-        delta = delta.view(-1)[low:high]
-        place = slice(offset + low, offset + high)
+        delta, place = delta.view(-1)[low:high], slice(offset + low, offset + high)
+        error = _add(flat[place], delta, target.carry[place] if carry else None)
         intended += float(torch.linalg.vector_norm(delta)) ** 2
-        kept_back = target.carry[place] if carry and target.carry is not None else None
-        error = _add(target.flat[place], delta, kept_back)
         missed += float(torch.linalg.vector_norm(error)) ** 2
     return FoldStats(intended, missed)
 
@@ -105,18 +122,16 @@ def _rows(pieces: Iterable[LowRank], rows: slice, transposed: bool, buffer: Tens
 
 
 def _add(here: Tensor, delta: Tensor, carry: Tensor | None) -> Tensor:
-    """Add `delta` and the carry to `here`, update the carry, and return the part of delta missed."""
-    if here.dtype == torch.float32:
-        before = here.clone()
-        here += delta
-        return before.sub_(here).add_(delta)
-    wanted = delta + here
+    """Add `delta` and the carry to `here`, update the carry, and return what delta missed.
+
+    Nothing small is summed with a weight but to find the nearest stored number: float32's own
+    rounding at the size of a weight would be seen beside residuals some 1e-5 of it. The change of
+    a stored number is exact in float32.
+    """
+    wanted = delta if carry is None else carry.add_(delta)
+    before = here.to(torch.float32, copy=True)
+    here.copy_(before + wanted)
+    minus_change = before.sub_(here)
     if carry is not None:
-        wanted += carry
-    here.copy_(wanted)
-    left = wanted.sub_(here)
-    if carry is None:
-        return left
-    missed = left - carry
-    carry.copy_(left)
-    return missed
+        carry += minus_change
+    return minus_change.add_(delta)

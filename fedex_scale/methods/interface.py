@@ -6,22 +6,23 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from fedex_scale.algebra import Clients, LowRank, Pair
 from fedex_scale.errors import UserError
 
-METHOD_NAMES = ("fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized")
-ASSIGNMENTS = ("average", "reinit", "keep", "svd")
+MethodName = Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"]
+Assignment = Literal["average", "reinit", "keep", "svd"]
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 
 
 def fresh_pair(like: Pair, generator: torch.Generator) -> Pair:
     """Return a pair as PEFT starts one: A from kaiming_uniform(a=sqrt(5)), B zero; float32.
 
-    That is A uniform within 1 / sqrt(I). (The FedEx-LoRA paper says Gaussian, and its code uses
-    PEFT.) The draw is made on the CPU, so that it is the same on every device.
+    That is A uniform within 1 / sqrt(I), where the FedEx-LoRA paper (eq. 10) draws a Gaussian. The
+    draw is made on the CPU, so that it is the same on every device.
 
     Args:
         like: gives shapes and device.
@@ -59,11 +60,9 @@ class LayerUpdate(NamedTuple):
 class MethodConfig:
     """Which method aggregates, and its settings."""
 
-    name: Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"] = (
-        "fedex"
-    )
+    name: MethodName = "fedex"
     """fedit, fedex, ffa, flora, flexlora, lora_fair or centralized."""
-    assign: Literal["average", "reinit", "keep", "svd"] = "average"
+    assign: Assignment = "average"
     """fedex: what clients start from: the mean pair, a fresh one, their own, or the rank-R SVD of
     the ideal update. What the pair lacks goes into the base."""
     svd_rank: int | None = None
@@ -73,7 +72,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         _check_choice("method.name", self.name, METHOD_NAMES)
-        _check_choice("method.assign", self.assign, ASSIGNMENTS)
+        _check_choice("method.assign", self.assign, get_args(Assignment))
         if self.assign != "average" and self.name != "fedex":
             raise UserError(
                 f"method.assign: {self.assign} needs method.name fedex, got {self.name}; "

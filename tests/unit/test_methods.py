@@ -185,7 +185,8 @@ def test_keep_replaces_its_base_update_round_by_round():
 @pytest.mark.parametrize("num_clients", [3, 150])
 @pytest.mark.parametrize("config", [{"name": "flexlora"}, {"assign": "svd"}], ids=str)
 def test_the_pair_is_the_truncated_svd_of_the_ideal_update(config, num_clients):
-    clients = make_clients(normalise_weights(range(1, num_clients + 1)))
+    weight_K = normalise_weights(range(1, num_clients + 1))
+    clients = make_clients(weight_K, num_out=130, num_in=110)
     update = run(clients, **config)
     expected = best_of_rank(dense_ideal(clients), 4)
     assert relative_error(product(update.pair, clients.scaling), expected) < 1e-6

@@ -1,0 +1,1 @@
+"""From rows on the hub or on disk to the micro-batches that a client trains on."""

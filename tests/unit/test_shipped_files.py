@@ -1,0 +1,85 @@
+"""Every YAML and JSON that is shipped is accepted by what will read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedex_scale import evaluation
+from fedex_scale.config import load_config
+from fedex_scale.engine import EngineSection, read_ds_config
+from fedex_scale.evaluation import EvaluationSection
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "launch").glob("*.yaml"))
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+ACCELERATE = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+TASKS = sorted((ROOT / "eval" / "tasks").glob("*.yaml"))
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+def test_recipe(path: Path) -> None:
+    config = load_config(path)
+    if config.engine.deepspeed:
+        assert (ROOT / config.engine.deepspeed).is_file()
+    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+    assert first_line.startswith("# ")
+    assert f"launch/instruct.py --config launch/{path.name}" in first_line
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=by_name)
+def test_deepspeed_config_leaves_nothing_to_fill_in(path: Path) -> None:
+    nvme = "/nvme" if "nvme" in path.stem else None
+    filled = read_ds_config(
+        EngineSection(deepspeed=str(path), nvme_path=nvme),
+        micro_batch_size=2,
+        accumulation=3,
+        max_grad_norm=0.5,
+        bf16=True,
+    )
+    assert "auto" not in list(leaves(filled))
+    assert filled["train_micro_batch_size_per_gpu"] == 2
+    assert filled["gradient_accumulation_steps"] == 3
+    assert filled["gradient_clipping"] == 0.5
+    assert filled["bf16"] == {"enabled": True}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    assert list(filled["zero_optimization"]) == list(before["zero_optimization"])
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=by_name)
+def test_accelerate_config(path: Path) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(config, dict)
+    assert config["num_processes"] >= 1
+
+
+def test_lm_eval_finds_every_task_shipped_or_named() -> None:
+    """In one go, as lm-eval reads thousands of files to know its own."""
+    shipped = [yaml.load(path.read_text(encoding="utf-8"), SkipTags)["task"] for path in TASKS]
+    assert shipped
+    assert len(set(shipped)) == len(shipped)
+    named = [task for path in RECIPES for task in load_config(path).evaluation.tasks]
+    evaluation.check_tasks(EvaluationSection(tasks=(*shipped, *named)))
+
+
+def leaves(node: object) -> Iterator[object]:
+    if isinstance(node, dict):
+        for value in node.values():
+            yield from leaves(value)
+    else:
+        yield node
+
+
+class SkipTags(yaml.SafeLoader):
+    """Reads past lm-eval's own tags, such as !function."""
+
+
+SkipTags.add_multi_constructor("!", lambda loader, suffix, node: None)
