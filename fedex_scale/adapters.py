@@ -7,25 +7,31 @@ adapter, a round's residual factors (as an adapter of scaling 1) and the side ad
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fedex_scale.algebra import LowRank, Pair, align, lora_scaling, stack
 from fedex_scale.errors import UserError
+from fedex_scale.tensorfile import SafetensorsReader, SafetensorsWriter
 
-T = TypeVar("T")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# PEFT's settings under which a layer is no longer W + s B A, or a weight is more than its tensors.
+_REFUSED = (
+    "use_dora lora_bias layer_replication target_parameters trainable_token_indices use_qalora "
+    "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config"
+).split()
+# Initial values for which PEFT changes the base weights as it loads an adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,14 @@ class LoraSection:
 class Adapter:
     """A PEFT LoRA directory, opened lazily: no tensor is read before it is asked for.
 
+    Layers may differ in rank and alpha (`rank_pattern`, `alpha_pattern`).
+
+    Attributes:
+        rank: the highest of all layers.
+        scaling: of layers that no pattern names.
+        layers: names of the adapted modules in the base model.
+        full_weights: names, in the file, of whole weights that come along (`modules_to_save`).
+
     Raises:
         UserError: the directory, its config or its weights cannot be used; the message names it.
     """
@@ -66,42 +80,67 @@ class Adapter:
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory)
         self.config = _read_config(self.path)
-        self.rank: int = self.config["r"]
-        self.scaling = lora_scaling(
-            self.rank, self.config["lora_alpha"], rslora=bool(self.config.get("use_rslora"))
-        )
+        self.scaling = self._scaling(self.config["r"], self.config["lora_alpha"])
         try:
-            self._file = safe_open(self.path / WEIGHTS_FILE, framework="pt")
-        except FileNotFoundError:
+            self.file = SafetensorsReader(self.path / WEIGHTS_FILE)
+        except OSError:
             raise UserError(
                 f"{self.path}: expected {WEIGHTS_FILE}, found none; save the adapter as safetensors"
             ) from None
-        except SafetensorError as error:
-            raise UserError(
-                f"{self.path / WEIGHTS_FILE}: damaged ({error}); send it again"
-            ) from None
-        self.layers = tuple(_layer_names(self._file.keys()))
+        self.layers = tuple(_layer_names(self.file.entries))
+        self.full_weights = tuple(self._full_weights())
         if not self.layers:
             raise UserError(
                 f"{self.path}: expected LoRA weights, found none; is it a LoRA adapter?"
             )
+        varies = bool(self.config.get("rank_pattern"))
+        self.rank: int = max(map(self.rank_of, self.layers)) if varies else self.config["r"]
 
     def pair(self, layer: str) -> Pair:
         """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
-        return Pair(*(self._get(layer, name, self._file.get_tensor) for name in "AB"))
+        self.shapes(layer)
+        return Pair(*(self.file.read(_key(layer, name)) for name in "AB"))
 
     def shapes(self, layer: str) -> tuple[int, int]:
         """Return (O, I) of one layer without reading its tensors."""
-        A, B = (self._get(layer, name, self._file.get_slice).get_shape() for name in "AB")
+        A, B = (self._shape(layer, name) for name in "AB")
+        rank = self.rank_of(layer)
+        if len(A) != 2 or len(B) != 2 or (A[0], B[1]) != (rank, rank):
+            raise UserError(
+                f"{self.path}, layer {layer}: expected matrices of rank {rank}, got shapes "
+                f"{A} and {B}; only linear layers can be aggregated"
+            )
         return B[0], A[1]
 
-    def _get(self, layer: str, factor: str, get: Callable[[str], T]) -> T:
+    def rank_of(self, layer: str) -> int:
+        return _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])
+
+    def scaling_of(self, layer: str) -> float:
+        """Return what B A of one layer is multiplied by."""
+        alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config["lora_alpha"])
+        return self._scaling(self.rank_of(layer), alpha)
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return lora_scaling(rank, alpha, rslora=bool(self.config.get("use_rslora")))
+
+    def _shape(self, layer: str, factor: str) -> tuple[int, ...]:
         try:
-            return get(f"{_PREFIX}{layer}.lora_{factor}.weight")
-        except SafetensorError:
+            return self.file.entries[_key(layer, factor)].shape
+        except KeyError:
             raise UserError(
                 f"{self.path}: layer {layer} is missing; every client must adapt the same layers"
             ) from None
+
+    def _full_weights(self) -> Iterator[str]:
+        for name in self.file.entries:
+            if name.endswith((".lora_A.weight", ".lora_B.weight")) and name.startswith(_PREFIX):
+                continue
+            if "lora_" in name or not name.startswith(_PREFIX):
+                raise UserError(
+                    f"{self.path}: expected lora_A.weight and lora_B.weight of linear layers, got "
+                    f"{name}, which cannot be aggregated; train plain LoRA on linear layers"
+                )
+            yield name
 
 
 class LayerPairs(Sequence[Pair]):
@@ -135,7 +174,8 @@ class LayerPairs(Sequence[Pair]):
                     f"in lora_{name}; leave this client out"
                 )
         pair = Pair(*(factor.to(self._device) for factor in pair))
-        return align(pair, adapter.scaling, rank=self._rank, to_scaling=self._scaling)
+        scaling = adapter.scaling_of(self._layer)
+        return align(pair, scaling, rank=self._rank, to_scaling=self._scaling)
 
 
 class AdapterWriter:
@@ -147,6 +187,8 @@ class AdapterWriter:
         rank: R of every layer.
         alpha: lora_alpha to write; give `alpha=rank` where B already holds the scaling.
         base: name or path of the base model, for adapter_config.json.
+        settings: of adapter_config.json besides, or instead.
+        full_weights: dtype and shape of whole weights that come along, by their name in the file.
     """
 
     def __init__(
@@ -159,13 +201,15 @@ class AdapterWriter:
         base: str,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        full_weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._rank = rank
-        specs = {}
+        specs = dict(full_weights or {})
         for layer, (rows, columns) in shapes.items():
-            specs[f"{_PREFIX}{layer}.lora_A.weight"] = (torch.float32, (rank, columns))
-            specs[f"{_PREFIX}{layer}.lora_B.weight"] = (torch.float32, (rows, rank))
+            specs[_key(layer, "A")] = (torch.float32, (rank, columns))
+            specs[_key(layer, "B")] = (torch.float32, (rows, rank))
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -178,13 +222,18 @@ class AdapterWriter:
             "fan_in_fan_out": fan_in_fan_out,
             "inference_mode": True,
             "target_modules": target_suffixes(shapes),
+            **(settings or {}),
         }
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         self._writer = SafetensorsWriter(directory / WEIGHTS_FILE, specs)
 
     def write(self, layer: str, pair: Pair) -> None:
-        self._writer.write(f"{_PREFIX}{layer}.lora_A.weight", pair.A_RI)
-        self._writer.write(f"{_PREFIX}{layer}.lora_B.weight", pair.B_OR)
+        self._writer.write(_key(layer, "A"), pair.A_RI)
+        self._writer.write(_key(layer, "B"), pair.B_OR)
+
+    def write_full(self, name: str, blocks: Iterator[Tensor]) -> None:
+        """Write a whole weight that comes along, as flat parts."""
+        self._writer.write_blocks(name, blocks)
 
     def write_sum(self, layer: str, pieces: Iterable[LowRank]) -> None:
         """Write low-rank factors, U as B and V as A, filled up with zeros to the rank."""
@@ -197,51 +246,6 @@ class AdapterWriter:
 
     def __exit__(self, *error: object) -> None:
         self._writer.__exit__(*error)
-
-
-class SafetensorsWriter:
-    """A safetensors file written tensor by tensor, in any order.
-
-    The header needs names, dtypes and shapes only, so the offsets are known beforehand; the
-    library's own `save_file` wants every tensor at once.
-    """
-
-    def __init__(
-        self, path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    ) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._specs, self._offsets, end = dict(specs), {}, 0
-        for name, (dtype, shape) in specs.items():
-            size = dtype.itemsize * torch.Size(shape).numel()
-            self._offsets[name] = end
-            header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [end, end + size],
-            }
-            end += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._start = self._file.tell()
-        self._file.truncate(self._start + end)
-        self._missing = set(specs)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        dtype, shape = self._specs[name]
-        assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
-        flat = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
-        self._file.seek(self._start + self._offsets[name])
-        self._file.write(flat.numpy().data)
-        self._missing.discard(name)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        self._file.close()
-        assert error or not self._missing, f"never written: {sorted(self._missing)[:3]}"
 
 
 def write_joined(
@@ -258,7 +262,7 @@ def write_joined(
         directory, shapes, rank=rank, alpha=rank, base=base, fan_in_fan_out=fan_in_fan_out
     ) as writer:
         for layer in first.layers:
-            pairs = [(adapter.pair(layer).float(), adapter.scaling) for adapter in adapters]
+            pairs = [(x.pair(layer).float(), x.scaling_of(layer)) for x in adapters]
             writer.write_sum(layer, [LowRank(pair.B_OR * s, pair.A_RI) for pair, s in pairs])
 
 
@@ -267,7 +271,19 @@ def target_suffixes(layers: Mapping[str, object] | Sequence[str]) -> list[str]:
     return sorted({layer.rsplit(".", 1)[-1] for layer in layers})
 
 
-def _layer_names(keys: Sequence[str]) -> Iterator[str]:
+def _key(layer: str, factor: str) -> str:
+    return f"{_PREFIX}{layer}.lora_{factor}.weight"
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """Return the value of the first key that matches the end of a layer's name, as PEFT does."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", layer):
+            return value
+    return default
+
+
+def _layer_names(keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         if key.startswith(_PREFIX) and key.endswith(".lora_A.weight"):
             yield key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
@@ -285,8 +301,29 @@ def _read_config(path: Path) -> dict:
         raise UserError(f"{file}: not valid JSON ({error}); save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    positive = isinstance(alpha, (int, float)) and 0 < alpha < float("inf")
-    if not isinstance(rank, int) or rank < 1 or not positive:
-        raise UserError(f"{file}: expected r >= 1 and a positive lora_alpha, got {rank}, {alpha}")
+    _check_numbers(config, file)
+    refused = {key: config.get(key) for key in _REFUSED if config.get(key)}
+    if config.get("bias") not in (None, "none"):
+        refused["bias"] = config["bias"]
+    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    if refused:
+        key, value = next(iter(refused.items()))
+        raise UserError(
+            f"{file}: {key}: expected plain LoRA, got {value!r:.80}, which cannot be aggregated; "
+            "train without it"
+        )
     return config
+
+
+def _check_numbers(config: dict, file: Path) -> None:
+    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise UserError(f"{file}: expected rank_pattern and alpha_pattern by layer, got {patterns}")
+    for rank in (config.get("r"), *patterns[0].values()):
+        for alpha in (config.get("lora_alpha"), *patterns[1].values()):
+            positive = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
+            if not isinstance(rank, int) or rank < 1 or not positive:
+                raise UserError(
+                    f"{file}: expected r >= 1 and a positive lora_alpha, got {rank}, {alpha}"
+                )

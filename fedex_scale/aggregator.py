@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -16,17 +17,20 @@ import torch
 from fedex_scale import distributed
 from fedex_scale.adapters import Adapter, LayerPairs
 from fedex_scale.algebra import (
+    MAX_RANK,
     Clients,
     LowRank,
     Pair,
+    Pieces,
     compress,
+    compress_pieces,
     ideal_update,
     norm,
     norm_of_sum,
     stack,
 )
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.methods import METHODS, LayerUpdate, MethodConfig
 from fedex_scale.weights import FoldStats, Target, fold
 
 
@@ -41,6 +45,8 @@ class AggregateSection:
     """Rank of the side adapter; none: one round's (K-1)R, at most 128."""
 
     def __post_init__(self) -> None:
+        if self.fold not in ("side", "carry", "round"):
+            raise UserError(f"aggregate.fold: expected side, carry or round, got {self.fold}")
         if self.side_rank is not None and self.side_rank < 1:
             raise UserError(f"aggregate.side_rank: expected at least 1, got {self.side_rank}")
 
@@ -126,7 +132,7 @@ class Round:
     Fields:
         clients: the clients' adapters; alike in layers, free in rank and alpha.
         weights: one a client, summing to 1.
-        previous: the server's adapter that the round began with.
+        previous: the server's adapter that the round began with; None if it is not known.
         rank, scaling: of the server's adapter.
         side: the side adapter before this round, or None.
         side_rank: rank of the side adapter (fold: side only).
@@ -134,11 +140,15 @@ class Round:
 
     clients: Sequence[Adapter]
     weights: Sequence[float]
-    previous: Adapter
+    previous: Adapter | None
     rank: int
     scaling: float
     side: Adapter | None = None
     side_rank: int = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (self.previous or self.clients[0]).layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,21 +159,39 @@ class Sinks:
         adapter: takes the new server adapter.
         residual: takes what the method adds to the base: the factors that a server would send.
         side: takes the new side adapter.
+        client: takes what a client that keeps its pair lacks (`assign: keep`), by its index.
     """
 
     adapter: Callable[[str, Pair], None] = _nowhere
     residual: Callable[[str, Iterable[LowRank]], None] = _nowhere
     side: Callable[[str, LowRank], None] = _nowhere
+    client: Callable[[str, int, Iterable[LowRank]], None] | None = None
 
 
 def base_update_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
-    """Return the rank of what a method adds to the base in one round; 0 if it adds nothing."""
+    """Return the columns that hold what a method adds to the base in one round, 0 for nothing.
+
+    So many suffice for every layer; small layers may fill fewer.
+    """
     if method.name not in ("fedex", "flora"):
         return 0
     if method.name == "flora" or method.assign == "reinit":
         return num_clients * rank
     lost = (num_clients - 1) * rank
+    if method.assign == "svd" and is_streamed(num_clients, rank):
+        return (num_clients + 1) * rank  # the ideal update, less its best part
     return lost if method.svd_rank is None else min(method.svd_rank, lost)
+
+
+def is_streamed(num_clients: int, rank: int) -> bool:
+    """Return whether a layer's clients are too many to be held in memory at once."""
+    return num_clients > max(1, MAX_RANK // rank)
+
+
+def is_worth_keeping(rank: int, shapes: Iterable[tuple[int, int]]) -> bool:
+    """Return whether factors of this rank are smaller than the weights (O, I) themselves."""
+    shapes = list(shapes)
+    return rank * sum(o + i for o, i in shapes) <= sum(o * i for o, i in shapes)
 
 
 def default_side_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
@@ -196,20 +224,18 @@ def aggregate(
     """
     check_clients(round)
     report, stats = AggregateReport(), {}
-    for layer in round.previous.layers:
+    for layer in round.layers:
         target = targets[layer]
-        device = target.device
-        pairs = LayerPairs(
-            round.clients, layer, rank=round.rank, scaling=round.scaling, device=device
-        )
-        clients = Clients(pairs, round.weights, round.scaling)
-        previous = Pair(*(factor.to(device) for factor in round.previous.pair(layer))).float()
+        clients, previous = _read_layer(round, layer, target.device)
         generator = torch.Generator().manual_seed(seed(layer))
         update = METHODS[method.name].update(clients, previous, method, generator)
         sinks.adapter(layer, update.pair)
+        _send_corrections(layer, update, clients, sinks)
         residual_norm = missed = 0.0
-        rest: Iterable[LowRank] = update.base_update
+        rest = update.base_update
         if rest:
+            if not is_streamed(len(clients.pairs), round.rank):
+                rest = list(rest)
             residual_norm = norm_of_sum(rest)
             sinks.residual(layer, rest)
             if section.fold == "side":
@@ -222,24 +248,51 @@ def aggregate(
     return report
 
 
+def _read_layer(round: Round, layer: str, device: torch.device) -> tuple[Clients, Pair | None]:
+    """Return one layer of the clients, read at once if they are few, and of the server."""
+    pairs: Sequence[Pair] = LayerPairs(
+        round.clients, layer, rank=round.rank, scaling=round.scaling, device=device
+    )
+    if not is_streamed(len(pairs), round.rank):
+        pairs = list(pairs)
+    previous = None
+    if round.previous is not None:
+        previous = Pair(*(factor.to(device) for factor in round.previous.pair(layer))).float()
+    return Clients(pairs, round.weights, round.scaling), previous
+
+
+def _send_corrections(layer: str, update: LayerUpdate, clients: Clients, sinks: Sinks) -> None:
+    """Hand over what each client lacks that keeps its own pair, for the untouched base."""
+    if update.client_update is not None and sinks.client is not None:
+        for k, own in enumerate(clients.pairs):
+            pair = LowRank(own.B_OR * clients.scaling, own.A_RI)
+            sinks.client(layer, k, [pair, *update.client_update(k)])
+
+
 def _into_side(
     layer: str, update: Iterable[LowRank], round: Round, sinks: Sinks, dtype: torch.dtype
-) -> tuple[float, list[LowRank]]:
+) -> tuple[float, Iterable[LowRank]]:
     """Put a base update into the side adapter; return what it misses, and what overflows.
 
     The best rank-`side_rank` part of the old side adapter plus the update is kept. What the
     forward pass misses of it is its rounding to `dtype`; the overflow is for the base.
     """
-    total = stack(*update)
+    few = isinstance(update, Sequence)
+    parts = update
     if round.side is not None:
         old = round.side.pair(layer)
-        device = total.U_OP.device
-        total = stack(LowRank(old.B_OR.to(device), old.A_RI.to(device)), total)
-    kept, overflow = compress(total, round.side_rank)
+        device = next(iter(update)).U_OP.device
+        first = LowRank(old.B_OR.float().to(device), old.A_RI.float().to(device))
+        parts = [first, *update] if few else Pieces(lambda: chain([first], update))
+    if few:
+        kept, rest = compress(stack(*parts), round.side_rank)
+        overflow = [rest] if rest.U_OP.any() else []
+    else:
+        kept, overflow = compress_pieces(parts, round.side_rank)
     sinks.side(layer, kept)
     seen = LowRank(*(factor.to(dtype).float() for factor in kept))
     missed = norm(stack(seen, LowRank(-kept.U_OP, kept.V_PI)))
-    return missed, [overflow] if overflow.U_OP.any() else []
+    return missed, overflow
 
 
 def _add_stats(
@@ -261,11 +314,13 @@ def _add_stats(
 
 def check_clients(round: Round) -> None:
     """Raise a UserError that names the client and layer where an adapter does not fit."""
+    like = round.previous or round.clients[0]
+    whose = "the server's" if round.previous else f"those of {like.path}"
     for adapter in round.clients:
-        unknown = set(adapter.layers) - set(round.previous.layers)
+        unknown = set(adapter.layers) - set(like.layers)
         if unknown:
             raise UserError(
-                f"{adapter.path}: layer {min(unknown)} is not among the server's; "
+                f"{adapter.path}: layer {min(unknown)} is not among {whose}; "
                 "every client must adapt the same layers"
             )
         if adapter.rank > round.rank:
@@ -273,8 +328,8 @@ def check_clients(round: Round) -> None:
                 f"{adapter.path}: rank {adapter.rank}, but the server has {round.rank}; "
                 "raise lora.rank"
             )
-        for layer in round.previous.layers:
-            expected, got = round.previous.shapes(layer), adapter.shapes(layer)
+        for layer in like.layers:
+            expected, got = like.shapes(layer), adapter.shapes(layer)
             if got != expected:
                 raise UserError(
                     f"{adapter.path}, layer {layer}: expected shape {expected}, got {got}; "

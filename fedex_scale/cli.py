@@ -36,9 +36,81 @@ def run(
     run_config(config, overrides or [])
 
 
+@app.command()
+def aggregate(
+    clients: Annotated[
+        list[Path], typer.Argument(metavar="CLIENT_DIR...", help="PEFT LoRA adapter directories.")
+    ],
+    base: Annotated[str, typer.Option(help="Base model: a directory or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    method: Annotated[str, typer.Option(help="fedex, fedit, ffa, flora, flexlora, lora_fair.")] = (
+        "fedex"
+    ),
+    assign: Annotated[
+        str, typer.Option(help="fedex: average, reinit, keep (an adapter a client) or svd.")
+    ] = "average",
+    svd_rank: Annotated[
+        int | None, typer.Option(help="fedex: keep only this rank of the residual.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One a client, such as 0.5,0.3,0.2; none: all alike.")
+    ] = None,
+    fold: Annotated[
+        str, typer.Option(help="Where the residual goes: side (the adapter), or carry, round.")
+    ] = "side",
+    side_rank: Annotated[
+        int | None, typer.Option(help="side: its rank; the rest goes into the base. All, if none.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32: write a changed base so; none: as BASE is.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For methods that draw a fresh adapter.")] = 0,
+) -> None:
+    """Aggregate LoRA adapters exactly: any PEFT adapters, no GPU, no model in memory."""
+    from rich.console import Console
+
+    from fedex_scale.aggregator import AggregateSection
+    from fedex_scale.methods import MethodConfig
+    from fedex_scale.offline import Job, aggregate_files, describe, parse_weights
+
+    job = Job(
+        base=base,
+        out=out,
+        clients=tuple(clients),
+        weights=parse_weights(weights),
+        method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
+        section=AggregateSection(fold=fold, side_rank=side_rank),
+        dtype=dtype,
+        seed=seed,
+    )
+    console = Console(highlight=False)
+    for line in describe(job, aggregate_files(job, console)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Compress the adapter to this rank; exact, if none.")
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Write a whole model.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a merged model: float32 or bfloat16; none: the base's.")
+    ] = None,
+) -> None:
+    """Turn a run into one exact adapter for the untouched base, or into a merged model."""
+    from fedex_scale.export import export_run
+
+    done = export_run(run, out, rank=rank, merged=merged, dtype=dtype)
+    what = "merged model" if merged else f"adapter of rank {done.rank} for the untouched base"
+    typer.echo(f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    _quieten_libraries()
+    _set_up_libraries()
     try:
         app(list(arguments) if arguments is not None else None, standalone_mode=True)
     except UserError as error:
@@ -50,10 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _quieten_libraries() -> None:
-    """Leave the terminal to this program: of the libraries, show errors only."""
+def _set_up_libraries() -> None:
+    """Before they are imported: show errors only, and let idle threads sleep."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fedex_scale").setLevel(logging.INFO)
+    # Threads that spin while they wait make a shared machine ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("bitsandbytes", "transformers", "DeepSpeed", "lm_eval", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (FutureWarning, UserWarning, DeprecationWarning):

@@ -87,7 +87,8 @@ def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
     The same curves as transformers' `get_scheduler`; a function of the step, so that nothing has
     to be reset between clients or saved in a checkpoint.
     """
-    warmup = math.ceil(num_steps * section.warmup_ratio)
+    # A client of one step would otherwise only warm up, and train nothing.
+    warmup = min(math.ceil(num_steps * section.warmup_ratio), num_steps - 1)
     if step < warmup:
         return section.learning_rate * step / max(1, warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)
@@ -172,6 +173,11 @@ def write_client(
         if distributed.is_main():
             write = stack.enter_context(open_adapter(engine, directory, lora, base)).write
         for layer, pair in read_pairs(engine):
+            if not all(factor.isfinite().all() for factor in pair):
+                raise UserError(
+                    f"round {update.round}, client {update.client}, layer {layer}: expected finite "
+                    "factors, got NaN or Inf; lower train.learning_rate or look at its data"
+                )
             if write is not None:
                 write(layer, pair)
     if distributed.is_main():

@@ -21,10 +21,11 @@ from fedex_scale.aggregator import AggregateSection
 from fedex_scale.client import TrainSection
 from fedex_scale.data.partition import PartitionConfig
 from fedex_scale.data.sources import DataConfig
-from fedex_scale.engine import EngineSection, ModelSection
+from fedex_scale.ds_config import EngineSection
 from fedex_scale.errors import UserError
 from fedex_scale.evaluation import EvaluationSection
 from fedex_scale.methods import MethodConfig
+from fedex_scale.models import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,11 @@ class Config:
             problems.append("federation.client_fraction: centralized has one client; leave it at 1")
         if self.method.name == "ffa" and self.federation.init == "per_client":
             problems.append("federation.init: ffa shares one frozen A; use init: shared")
+        if self.method.assign == "keep":
+            problems.append(
+                "method.assign: keep gives each client a base of its own, which one engine cannot "
+                "hold; use average, or fedex-scale aggregate --assign keep on a round's clients"
+            )
         if self.model.quantization != "none" and self.aggregate.fold != "side":
             problems.append(
                 f"aggregate.fold: a {self.model.quantization} base cannot take a residual, "
@@ -203,9 +209,9 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
             return None
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            if all(isinstance(item, typing.get_args(option)[0]) for item in value):
-                return tuple(value)
+        listed = typing.get_origin(option) is tuple and isinstance(value, (list, tuple))
+        if listed and all(isinstance(item, typing.get_args(option)[0]) for item in value):
+            return tuple(value)
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,19 +17,11 @@ from torch import Tensor, nn
 from fedex_scale import distributed, models
 from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Pair
-from fedex_scale.errors import UserError
+from fedex_scale.ds_config import EngineSection, read_ds_config
 from fedex_scale.models import CLIENT, SIDE, ModelSection
 from fedex_scale.weights import Target
 
 OPTIMIZERS = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSection:
-    deepspeed: str | None = None
-    """A DeepSpeed JSON, such as ds_configs/zero3_offload.json; none: plain PyTorch."""
-    nvme_path: str | None = None
-    """Directory on a local NVMe, for ds_configs/zero3_nvme.json."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +37,12 @@ class Engine:
     device: torch.device
     dtype: torch.dtype
     deepspeed: Any | None = None
+
+    @property
+    def side_dtype(self) -> torch.dtype:
+        """The dtype that the forward pass holds the side adapter in."""
+        weights = next(iter(self.layers.values())).lora_A
+        return weights[SIDE if SIDE in weights else CLIENT].weight.dtype
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (O, I) of every adapted layer."""
@@ -86,8 +82,8 @@ def build_engine(
             max_grad_norm=max_grad_norm,
             bf16=dtype == torch.bfloat16,
             largest_weight=models.largest_weight(model),
+            quantization=model.quantization,
         )
-        _check_quantization(model, ds_config)
     with _partitioned_loading(ds_config):
         base = models.load_model(model, dtype, device)
         if ds_config is None and model.quantization == "none":
@@ -237,91 +233,6 @@ def _resident(parameter: nn.Parameter) -> Iterator[Tensor]:
     yield shard.data.view(-1)
     if fetched:
         parameter.nvme_swapper.swap_out_and_release([parameter])
-
-
-def read_ds_config(
-    section: EngineSection,
-    *,
-    micro_batch_size: int,
-    accumulation: int,
-    max_grad_norm: float,
-    bf16: bool,
-    largest_weight: int,
-) -> dict[str, Any]:
-    """Return the DeepSpeed JSON with its "auto" values filled in.
-
-    Args:
-        largest_weight: elements of the model's largest weight; a buffer for NVMe must hold its
-            shard.
-
-    Raises:
-        UserError: unreadable, or it sets what the run sets (optimizer, scheduler), or asks for a
-            ZeRO feature under which a direct write to a shard would go stale.
-    """
-    try:
-        config = json.loads(Path(section.deepspeed).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"engine.deepspeed: cannot read {section.deepspeed} ({error.strerror}); "
-            "choose a file of ds_configs/"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"engine.deepspeed: {section.deepspeed} is not valid JSON ({error})"
-        ) from None
-    zero = config.get("zero_optimization", {})
-    refused = {
-        "optimizer": "optimizer" in config,
-        "scheduler": "scheduler" in config,
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-        "mics_shard_size": zero.get("mics_shard_size", -1) > 0,
-        "zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
-        "zero_quantized_nontrainable_weights": bool(
-            zero.get("zero_quantized_nontrainable_weights")
-        ),
-        "offload_optimizer.device: nvme": (zero.get("offload_optimizer") or {}).get("device")
-        == "nvme",
-    }
-    for key, present in refused.items():
-        if present:
-            raise UserError(
-                f"engine.deepspeed: {section.deepspeed} sets {key}, which does not work with "
-                "sequential clients on one engine; remove it"
-            )
-    values = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * distributed.world_size(),
-        "gradient_clipping": max_grad_norm,
-        "enabled": bf16,
-        "pin_memory": torch.cuda.is_available(),
-        "nvme_path": section.nvme_path,
-        "buffer_size": -(-largest_weight // distributed.world_size()),
-    }
-    return _fill_auto(config, values)
-
-
-def _fill_auto(node: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    filled = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            value = _fill_auto(value, values)
-        elif value == "auto":
-            if values.get(key) is None:
-                remedy = "set engine.nvme_path" if key == "nvme_path" else "give it a value"
-                raise UserError(f"engine.deepspeed: nothing to fill {key}: auto with; {remedy}")
-            value = values[key]
-        filled[key] = value
-    return filled
-
-
-def _check_quantization(model: ModelSection, ds_config: dict[str, Any]) -> None:
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if model.quantization != "none" and stage == 3:
-        raise UserError(
-            f"model.quantization: expected none under ZeRO-3, got {model.quantization}, whose "
-            "packed weights cannot be sharded; use ZeRO-2 or no quantization"
-        )
 
 
 @contextmanager

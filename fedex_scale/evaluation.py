@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def check_tasks(section: EvaluationSection) -> None:
     """Raise a UserError for an unknown task or missing data, before anything is trained."""
     if not section.tasks:
         return
-    known = _task_manager().all_tasks
+    known = _task_manager(section.tasks).all_tasks
     for task in section.tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=1)
@@ -90,14 +91,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.no_grad(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
-        manager = _task_manager()
+        manager = _task_manager(section.tasks)
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=section.batch_size),
             tasks=[_task(name, section, manager, Path(scratch)) for name in section.tasks],
             task_manager=manager,
             limit=section.limit,
             bootstrap_iters=0,
-            verbosity="ERROR",
         )
     model.train(was_training)
     return results
@@ -138,7 +138,10 @@ def _task(name: str, section: EvaluationSection, manager: TaskManager, scratch: 
     return str(path)
 
 
-def _task_manager() -> TaskManager:
+@cache
+def _task_manager(tasks: tuple[str, ...]) -> TaskManager:
+    """Return lm-eval's list of tasks; reading its thousands of stock ones takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(TASKS_DIR))
+    ours = all((TASKS_DIR / f"{task}.yaml").is_file() for task in tasks)
+    return TaskManager(include_path=str(TASKS_DIR), include_defaults=not ours)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+import torch
+import yaml
 
 from fedex_scale import distributed
-from fedex_scale.adapters import Adapter, SafetensorsWriter, write_joined
+from fedex_scale.adapters import Adapter, AdapterWriter, write_joined
+from fedex_scale.algebra import LowRank, compress, norm, stack
+from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.config import Config
 from fedex_scale.engine import Engine, read_base_weight
+from fedex_scale.errors import UserError
+from fedex_scale.outputs import building, check_out
 from fedex_scale.state import RunDir, ServerState
+from fedex_scale.weights import Target, fold
 
 
 def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState) -> dict[str, Path]:
@@ -22,7 +29,8 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
 
     final/adapter belongs on final/base if that exists, and on the untouched base otherwise.
     final/exact_adapter holds the server's adapter and every round's residual, for the untouched
-    base whatever the fold mode; methods that replace the adapter keep their updates there too.
+    base whatever the fold mode; methods that replace the adapter keep their updates there too. It
+    is left out where a round's residual was too large to be kept.
 
     Returns:
         What was written, by name, to show the user.
@@ -31,14 +39,14 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
     if distributed.is_main():
         adapter = Adapter(run.adapter(state.round))
         side = [Adapter(run.side(state.round))] if state.has_side else []
-        rounds = range(1, state.round + 1)
-        residuals = [Adapter(run.residual(r)) for r in rounds if run.residual(r).exists()]
+        parts = {"adapter": [adapter, *side]}
+        if not _rounds_without_factors(run, state.round):
+            parts["exact_adapter"] = [adapter, *_residuals(run, state.round)]
         conv1d = any(layer.fan_in_fan_out for layer in engine.layers.values())
-        for name, parts in (("adapter", side), ("exact_adapter", residuals)):
+        for name, joined in parts.items():
             path = run.final / name
-            if parts:
-                base = config.model.path
-                write_joined(path, [adapter, *parts], base=base, fan_in_fan_out=conv1d)
+            if len(joined) > 1:
+                write_joined(path, joined, base=config.model.path, fan_in_fan_out=conv1d)
             else:
                 shutil.copytree(adapter.path, path)
             written[name] = path
@@ -54,32 +62,189 @@ def _write_base(config: Config, engine: Engine, out: Path) -> None:
 
     Layer by layer: under ZeRO-3 one weight is gathered at a time. Every rank must take part.
     """
-    source = base_directory(config.model.path, config.model.revision)
-    changed = {f"{layer}.weight": layer for layer in engine.layers}
-    if distributed.is_main():
-        ignore = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pth", "*.gguf", ".*")
-        shutil.copytree(source, out, ignore=ignore)
-        config_file = out / "config.json"
-        settings = json.loads(config_file.read_text())
-        settings["dtype"] = str(engine.dtype).removeprefix("torch.")
-        config_file.write_text(json.dumps(settings, indent=2) + "\n")
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors, ExitStack() as stack:
-            names = list(tensors.keys())
-            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-            write = None
+    try:
+        base = BaseFiles(base_directory(config.model.path, config.model.revision))
+        names = {layer: _weight_of(base, layer) for layer in engine.layers}
+    except UserError as error:
+        raise UserError(
+            f"final/base: {error}; meanwhile final/exact_adapter is for the untouched base"
+        ) from None
+    with ExitStack() as stack:
+        writer = BaseWriter(base, out, set(names.values()), dtype=engine.dtype)
+        stack.callback(writer.close)
+        for layer, name in names.items():
+            weight = read_base_weight(engine, layer)
             if distributed.is_main():
-                specs = {name: (engine.dtype, shape) for name, shape in shapes.items()}
-                write = stack.enter_context(SafetensorsWriter(out / file.name, specs)).write
-            for name in names:
-                layer = changed.get(name)
-                value = read_base_weight(engine, layer) if layer else None
-                if write is not None:
-                    write(name, tensors.get_tensor(name) if value is None else value)
+                writer.write(name, weight)
+        if distributed.is_main():
+            writer.finish()
 
 
-def base_directory(path: str, revision: str | None = None) -> Path:
-    """Return the directory of a model: itself, or the hub's snapshot in the cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    return Path(snapshot_download(path, revision=revision, local_files_only=True))
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What `export_run` made: ranks, and the relative error against the run's exact update."""
+
+    rounds: int
+    rank: int
+    error: float
+
+
+def export_run(
+    directory: Path,
+    out: Path,
+    *,
+    rank: int | None = None,
+    merged: bool = False,
+    dtype: str | None = None,
+    on_layer: Callable[[str], None] = lambda layer: None,
+) -> Exported:
+    """Turn a run into one adapter for the untouched base, or into a merged model.
+
+    The adapter has the server's rank plus that of every round's residual, and is exact.
+
+    Args:
+        rank: of the adapter instead: the best approximation of that rank.
+        merged: add everything to the base's weights, in one step, and write the model.
+        dtype: float32 or bfloat16, of a merged model; None: the base's own.
+
+    Raises:
+        UserError: not a run, unfinished, or with a round whose residual was not kept.
+    """
+    if merged and rank is not None:
+        raise UserError("export: --rank is for an adapter; leave it out with --merged")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"export: --dtype: expected float32 or bfloat16, got {dtype}")
+    if rank is not None and rank < 1:
+        raise UserError(f"export: --rank: expected at least 1, got {rank}")
+    if dtype and not merged:
+        raise UserError("export: --dtype is for a merged model; adapters are float32")
+    run = RunDir(directory)
+    model, last = _read_run(run)
+    missing = _rounds_without_factors(run, last)
+    if missing:
+        raise UserError(
+            f"{directory}: round {missing[0]} kept no factors of its residual, which were larger "
+            "than the weights; use final/base with final/adapter"
+        )
+    parts = [Adapter(run.adapter(last)), *_residuals(run, last)]
+    check_out(out, apart_from=directory if merged else None)
+    if merged:
+        return _export_merged(model, parts, out, dtype, last, on_layer)
+    return _export_adapter(model["path"], parts, out, rank, last, on_layer)
+
+
+def _export_adapter(
+    base: str,
+    parts: list[Adapter],
+    out: Path,
+    rank: int | None,
+    rounds: int,
+    on_layer: Callable[[str], None],
+) -> Exported:
+    server = parts[0]
+    whole = sum(part.rank for part in parts)
+    shapes = {layer: server.shapes(layer) for layer in server.layers}
+    written = rank or whole
+    num_bytes = sum(4 * written * sum(shape) for shape in shapes.values())
+    lost = total = 0.0
+    with (
+        building(out, num_bytes=num_bytes) as scratch,
+        AdapterWriter(
+            scratch,
+            shapes,
+            rank=written,
+            alpha=written,
+            base=base,
+            fan_in_fan_out=bool(server.config.get("fan_in_fan_out")),
+        ) as writer,
+    ):
+        for layer in shapes:
+            joined = _sum_of(parts, layer)
+            if rank is not None:
+                joined, rest = compress(joined, rank)
+                lost += norm(rest) ** 2
+                total += norm(joined) ** 2 + norm(rest) ** 2
+            writer.write_sum(layer, [joined])
+            on_layer(layer)
+    return Exported(rounds=rounds, rank=written, error=(lost / total) ** 0.5 if lost else 0.0)
+
+
+def _export_merged(
+    model: dict,
+    parts: list[Adapter],
+    out: Path,
+    dtype: str | None,
+    rounds: int,
+    on_layer: Callable[[str], None],
+) -> Exported:
+    base = BaseFiles(base_directory(model["path"], model.get("revision")))
+    check_out(out, apart_from=base.path)
+    server = parts[0]
+    flag = bool(server.config.get("fan_in_fan_out"))
+    names = {layer: _weight_of(base, layer) for layer in server.layers}
+    intended = missed = 0.0
+    with ExitStack() as exits:
+        writer = BaseWriter(
+            base, out, set(names.values()), dtype=getattr(torch, dtype) if dtype else None
+        )
+        writer.out = exits.enter_context(building(out, num_bytes=writer.num_bytes))
+        exits.callback(writer.close)
+        for layer, name in names.items():
+            shape = server.shapes(layer)
+            transposed = base.is_transposed(name, shape, flag)
+            target = Target(
+                lend=lambda name=name: writer.lend(name),
+                shape=base.shape(name),
+                numel=shape[0] * shape[1],
+                transposed=transposed,
+            )
+            stats = fold(target, [_sum_of(parts, layer)], carry=False)
+            intended, missed = intended + stats.intended, missed + stats.missed
+            on_layer(layer)
+        writer.finish()
+    return Exported(rounds=rounds, rank=0, error=(missed / intended) ** 0.5 if intended else 0.0)
+
+
+def _sum_of(parts: list[Adapter], layer: str) -> LowRank:
+    pairs = [(part.pair(layer).float(), part.scaling_of(layer)) for part in parts]
+    return stack(*(LowRank(pair.B_OR * scaling, pair.A_RI) for pair, scaling in pairs))
+
+
+def _weight_of(base: BaseFiles, layer: str) -> str:
+    name = base.find(layer)
+    if name is None or base.is_tied(layer):
+        raise UserError(
+            f"{base.path}: expected the weight of layer {layer} in its files, found none of its "
+            "own; use an adapter for the untouched base"
+        )
+    return name
+
+
+def _residuals(run: RunDir, last: int) -> list[Adapter]:
+    paths = [run.residual(number) for number in range(1, last + 1)]
+    return [Adapter(path) for path in paths if path.exists()]
+
+
+def _rounds_without_factors(run: RunDir, last: int) -> list[int]:
+    """Return the rounds that changed more than the adapter, but kept no factors of the change."""
+    missing = []
+    for number in range(1, last + 1):
+        report = run.server(number) / "aggregate.json"
+        has_factors = run.residual(number).exists() or not report.exists()
+        if not has_factors and json.loads(report.read_text())["residual_norm"] > 0:
+            missing.append(number)
+    return missing
+
+
+def _read_run(run: RunDir) -> tuple[dict, int]:
+    """Return the model section of a run's config, and its last round."""
+    try:
+        model = yaml.safe_load((run.path / "config.yaml").read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError(f"{run.path}: expected a run directory with a config.yaml") from None
+    last = 0
+    while (run.server(last + 1) / "aggregate.json").is_file():
+        last += 1
+    if last == 0:
+        raise UserError(f"{run.path}: expected a run with a finished round, found none")
+    return model, last

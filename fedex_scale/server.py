@@ -12,7 +12,14 @@ import torch
 
 from fedex_scale import distributed
 from fedex_scale.adapters import Adapter, AdapterWriter
-from fedex_scale.aggregator import AggregateReport, Round, Sinks, aggregate, base_update_rank
+from fedex_scale.aggregator import (
+    AggregateReport,
+    Round,
+    Sinks,
+    aggregate,
+    base_update_rank,
+    is_worth_keeping,
+)
 from fedex_scale.algebra import Pair
 from fedex_scale.client import open_adapter
 from fedex_scale.config import Config
@@ -101,7 +108,7 @@ def aggregate_round(
             targets,
             sinks,
             seed=lambda layer: derive_seed(config.run.seed, "fresh", number, layer),
-            side_dtype=engine.dtype,
+            side_dtype=engine.side_dtype,
         )
     if distributed.is_main():
         text = json.dumps(report.as_dict(), indent=2) + "\n"
@@ -123,7 +130,7 @@ def _open_sinks(
 
     adapter = stack.enter_context(open_adapter(engine, path / "adapter", config.lora, base))
     sinks = Sinks(adapter=adapter.write)
-    if update_rank:
+    if update_rank and is_worth_keeping(update_rank, shapes.values()):
         sinks = replace(sinks, residual=unscaled("residual", update_rank).write_sum)
     if side_rank:
         side = unscaled("side", side_rank)

@@ -39,6 +39,7 @@ class Target:
         start: index of the first of them in the flattened whole.
         device: where to compute.
         transposed: stored as (I, O) and not as (O, I).
+        carries: whether anything can be kept for a next fold.
         carry: what rounding has kept out so far, float32, like `flat`; None before the first fold.
     """
 
@@ -49,6 +50,7 @@ class Target:
     start: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     transposed: bool = False
+    carries: bool = True
     carry: Tensor | None = None
 
     def __post_init__(self, flat: Tensor | None) -> None:
@@ -94,7 +96,7 @@ def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) 
     streamed = not isinstance(pieces, Sequence)
     step = max(1, WIDE_BLOCK_ENTRIES // columns) if streamed else BLOCK_ROWS
     end = target.start + target.numel
-    carry = carry and flat.dtype != torch.float32
+    carry = carry and target.carries and flat.dtype != torch.float32
     if carry and target.carry is None:
         target.carry = torch.zeros_like(flat, dtype=torch.float32)
     intended = missed = 0.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,24 +12,32 @@ from fedex_scale.data.answers import correct_number, paper_number
 from fedex_scale.data.word_problems import FAMILIES, generate, main
 from fedex_scale.errors import UserError
 
-OPERATIONS = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
+def value(expression: str) -> int:
+    """Compute `a * b + c` and the like from left to right; no product comes after a sum here."""
+    total, *rest = re.split(r" ([-+*/]) ", expression)
+    result = int(total)
+    for operation, number in zip(rest[::2], rest[1::2], strict=True):
+        result = OPERATIONS[operation](result, int(number))
+    return result
 
 
 def test_the_working_is_right_and_ends_in_the_answer():
     train, heldout = generate(0, train=600, heldout=60)
     for row in train + heldout:
-        working, answer = row["response"].split("\nThe answer is: ")
-        steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", working)
-        assert len(steps) == working.count("=")
-        for a, operation, b, result in steps:
-            assert OPERATIONS[operation](int(a), int(b)) == int(result) >= 1
-        assert answer == steps[-1][-1]
+        working, answer = row["response"].split(".\nThe answer is: ")
+        assert {value(side) for side in working.split(" = ")} == {int(answer)}
+        assert int(answer) >= 1
+        assert working.endswith(f" = {answer}")
         assert paper_number(row["response"]) == correct_number(row["response"]) == int(answer)
+
+
+def test_the_working_uses_the_numbers_of_the_question():
+    for row in generate(0, train=600, heldout=1)[0]:
+        expression = row["response"].split(" = ")[0]
+        assert re.findall(r"\d+", expression) == re.findall(r"\d+", row["query"])
 
 
 def test_the_answer_must_be_computed():

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "fedex_scale"
 # Each module, or folder of modules, may import what stands below it.
 ORDER = (
     "cli",
+    "offline",
     "run",
     "rounds",
     "server",
@@ -29,6 +30,7 @@ ORDER = (
     "evaluation",
     "progress",
     "engine",
+    "ds_config",
     "models",
     "adapters",
     "data",
@@ -36,6 +38,9 @@ ORDER = (
     "methods",
     "algebra",
     "lowrank",
+    "basefiles",
+    "tensorfile",
+    "outputs",
     "distributed",
     "state",
     "errors",

@@ -181,6 +181,7 @@ def fill_auto(node: dict) -> dict:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "nvme_path": "/nvme",
+        "pin_memory": False,
         "train_micro_batch_size_per_gpu": 2,
     }
     return {

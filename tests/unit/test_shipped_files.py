@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from fedex_scale import evaluation
 from fedex_scale.config import load_config
 from fedex_scale.engine import EngineSection, read_ds_config
+from fedex_scale.errors import UserError
 from fedex_scale.evaluation import EvaluationSection
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +39,7 @@ def test_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=by_name)
 def test_deepspeed_config_leaves_nothing_to_fill_in(path: Path) -> None:
-    nvme = "/nvme" if "nvme" in path.stem else None
-    filled = read_ds_config(
-        EngineSection(deepspeed=str(path), nvme_path=nvme),
-        micro_batch_size=2,
-        accumulation=3,
-        max_grad_norm=0.5,
-        bf16=True,
-    )
+    filled = read(path, nvme_path="/nvme" if "nvme" in path.stem else None)
     assert "auto" not in list(leaves(filled))
     assert filled["train_micro_batch_size_per_gpu"] == 2
     assert filled["gradient_accumulation_steps"] == 3
@@ -52,6 +47,11 @@ def test_deepspeed_config_leaves_nothing_to_fill_in(path: Path) -> None:
     assert filled["bf16"] == {"enabled": True}
     before = json.loads(path.read_text(encoding="utf-8"))
     assert list(filled["zero_optimization"]) == list(before["zero_optimization"])
+
+
+def test_offload_to_nvme_needs_to_know_where() -> None:
+    with pytest.raises(UserError, match=r"nvme_path: auto with; set engine\.nvme_path"):
+        read(ROOT / "ds_configs" / "zero3_nvme.json", nvme_path=None)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=by_name)
@@ -68,6 +68,17 @@ def test_lm_eval_finds_every_task_shipped_or_named() -> None:
     assert len(set(shipped)) == len(shipped)
     named = [task for path in RECIPES for task in load_config(path).evaluation.tasks]
     evaluation.check_tasks(EvaluationSection(tasks=(*shipped, *named)))
+
+
+def read(path: Path, *, nvme_path: str | None) -> dict[str, Any]:
+    return read_ds_config(
+        EngineSection(deepspeed=str(path), nvme_path=nvme_path),
+        micro_batch_size=2,
+        accumulation=3,
+        max_grad_norm=0.5,
+        bf16=True,
+        largest_weight=1000,
+    )
 
 
 def leaves(node: object) -> Iterator[object]:

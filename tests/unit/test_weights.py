@@ -160,9 +160,7 @@ def test_shards_get_the_same_bits_as_the_whole(
     flat = whole.clone().view(-1)
     one = target_of(whole, transposed=transposed)
     parts = [
-        Target(
-            flat=flat[start:end], shape=tuple(whole.shape), start=start, transposed=transposed
-        )
+        Target(flat=flat[start:end], shape=tuple(whole.shape), start=start, transposed=transposed)
         for start, end in shards(flat.numel(), cuts)
     ]
     for x in pieces:

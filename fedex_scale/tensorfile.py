@@ -1,0 +1,188 @@
+"""Safetensors files, read and written a tensor or a block at a time, in any order.
+
+Plain reads and writes: the library maps whole files, whose touched pages count as this process's
+memory, and its `save_file` wants every tensor at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedex_scale.errors import UserError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+BLOCK_BYTES = 2**23
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+class Entry(NamedTuple):
+    """One tensor of a file; it lies in bytes `start` to `end`, counted from the file's begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsReader:
+    """A safetensors file of which just the header is read at first; never left open.
+
+    Raises:
+        UserError: the file is damaged: cut short, or its header contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.metadata, self.entries = _read_header(path)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error}); fetch or send the file again") from None
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """Return one whole tensor; in the memory of `out`, bytes, if given."""
+        entry = self.entries[name]
+        return self._read(entry, entry.start, entry.end, out).view(entry.shape)
+
+    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+        """Yield a tensor as flat parts of at most `block_bytes`, one after another in one place."""
+        entry = self.entries[name]
+        step = max(1, block_bytes // entry.dtype.itemsize) * entry.dtype.itemsize
+        block = torch.empty(step, dtype=torch.uint8)
+        for start in range(entry.start, entry.end, step):
+            yield self._read(entry, start, min(start + step, entry.end), block)
+
+    def _read(self, entry: Entry, start: int, end: int, out: Tensor | None) -> Tensor:
+        data = torch.empty(end - start, dtype=torch.uint8) if out is None else out[: end - start]
+        left = memoryview(data.numpy())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise UserError(f"{self.path}: damaged (cut short); fetch or send it again")
+                left = left[count:]
+        return data.view(entry.dtype)
+
+
+class SafetensorsWriter:
+    """A safetensors file written tensor by tensor, in any order.
+
+    The header needs names, dtypes and shapes only, so the offsets are known beforehand.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        metadata = {"format": "pt"} if metadata is None else dict(metadata)
+        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+        self._specs, self._offsets, end = dict(specs), {}, 0
+        for name, (dtype, shape) in specs.items():
+            size = dtype.itemsize * math.prod(shape)
+            self._offsets[name] = end
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [end, end + size],
+            }
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb", buffering=0)
+        _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text))
+        self._start = self._file.tell()
+        self._file.truncate(self._start + end)
+        self._missing = set(specs)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        shape = self._specs[name][1]
+        assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
+        self.write_blocks(name, [tensor])
+
+    def write_blocks(self, name: str, blocks: Iterator[Tensor] | list[Tensor]) -> None:
+        """Write a tensor that comes as parts, one after another; each is converted to its dtype."""
+        dtype = self._specs[name][0]
+        self._file.seek(self._start + self._offsets[name])
+        for block in blocks:
+            flat = block.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
+            _write_all(self._file, memoryview(flat.numpy()))
+        self._missing.discard(name)
+
+    @property
+    def missing(self) -> set[str]:
+        """Names of the tensors that are still to be written."""
+        return set(self._missing)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self._file.close()
+        assert error or not self._missing, f"never written: {sorted(self._missing)[:3]}"
+
+
+def _write_all(file, data: memoryview) -> None:
+    """Write everything; a raw file may take a part, and at most 2 GB at once."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError("no header, or cut short")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    entries, spans = {}, []
+    for name, value in header.items():
+        if value["dtype"] not in DTYPES:
+            raise ValueError(f"{name} has the unknown dtype {value['dtype']}")
+        dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+        start, end = value["data_offsets"]
+        spans.append((start, end))
+        if (
+            end - start != dtype.itemsize * math.prod(shape)
+            or start < 0
+            or min(shape, default=0) < 0
+        ):
+            raise ValueError(f"{name} has a shape that does not fit its place")
+        entries[name] = Entry(dtype, shape, 8 + length + start, 8 + length + end)
+    spans.sort()
+    last = 0
+    for start, end in spans:
+        if start != last:
+            raise ValueError("tensors overlap, or leave gaps")
+        last = end
+    if 8 + length + last != size:
+        raise ValueError(f"expected {8 + length + last} bytes, got {size}: cut short?")
+    return metadata, entries

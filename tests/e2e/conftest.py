@@ -1,0 +1,51 @@
+"""A small run of the real program, shared by the end-to-end tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedex_scale.data.word_problems import generate, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of two rounds on the tiny Llama and real word problems, scored before and after."""
+    folder = tmp_path_factory.mktemp("e2e")
+    train, heldout = generate(0, train=30, heldout=4)
+    write_jsonl(train, folder / "train.jsonl")
+    write_jsonl(heldout, folder / "heldout.jsonl")
+    config = {
+        "run": {"name": "tiny", "dir": str(folder / "runs"), "overwrite": True},
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"path": str(folder / "train.jsonl"), "max_length": 512},
+        "federation": {"rounds": 2},
+        "train": {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.001},
+        "evaluation": {
+            "tasks": ["fedex_word_problems"],
+            "data": {"fedex_word_problems": str(folder / "heldout.jsonl")},
+            "batch_size": 4,
+        },
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(command: list[str], config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run launch/instruct.py under a launcher, as a user does."""
+    program = [str(ROOT / "launch" / "instruct.py"), "--config", str(config), *overrides]
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
+    return subprocess.run(
+        [*command, *program], capture_output=True, text=True, timeout=900, env=environment, cwd=ROOT
+    )
