@@ -12,13 +12,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from fedex_scale.adapters import LoraSection
 from fedex_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Not later, as PEFT speaks when it is imported.
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+disable_progress_bar()
 
 MODEL = "models/SmolLM2-135M-Instruct"
 
@@ -70,9 +81,6 @@ def start(doc: str, benchmark: Callable[[argparse.Namespace], None], **options: 
     for name, keywords in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
     try:
         benchmark(args)
     except UserError as error:
@@ -101,6 +109,18 @@ def quotients(top: Sequence[float], bottom: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(top, bottom, strict=True)]
 
 
+def new_peft_model(model: str, lora: LoraSection) -> PeftModel:
+    """Return model and adapter as one makes them with transformers and PEFT alone, float32."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base, config)
+
+
 def report(
     file: str, settings: str, figures: Sequence[Figure], ratios: Sequence[Ratio], **extra: object
 ) -> None:
@@ -112,11 +132,11 @@ def report(
     """
     console = Console(highlight=False)
     name, machine = Path(file).stem, describe_machine()
-    console.print(f"{settings}\n{machine}", markup=False)
+    console.print(f"{settings}\n{machine}", markup=False, soft_wrap=True)
     console.print(_table("measured", [(f.name, f.values, f.unit) for f in figures]))
     console.print(_table("ratio", [(r.name, r.values, r.goal) for r in ratios]))
     for key, value in extra.items():
-        console.print(f"{key.replace('_', ' ')}: {value}", markup=False)
+        console.print(f"{key.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
     line = {
         "benchmark": name,
         "settings": settings,

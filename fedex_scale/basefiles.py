@@ -198,7 +198,7 @@ class BaseWriter:
     def write(self, name: str, weight: Tensor) -> None:
         file = self._home[name]
         if not self._writers:
-            self.out.mkdir(parents=True)
+            self.out.mkdir(parents=True, exist_ok=True)
         if file not in self._writers:
             self._writers[file] = self._open(file)
         self._writers[file].write(name, weight.view(self.base.shape(name)))

@@ -112,20 +112,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     _set_up_libraries()
     try:
-        app(list(arguments) if arguments is not None else None, standalone_mode=True)
+        app(list(arguments) if arguments is not None else None)
+    except SystemExit as ended:
+        code = ended.code
     except UserError as error:
         from fedex_scale import distributed
 
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
-        distributed.leave_group()
-        sys.exit(2)
+        code = 2
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    from fedex_scale import distributed
+
+    distributed.leave(code or 0)
 
 
 def _set_up_libraries() -> None:
     """Before they are imported: show errors only, and let idle threads sleep."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fedex_scale").setLevel(logging.INFO)
+    # DeepSpeed compiles its ops with the ninja that is installed beside this Python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # Threads that spin while they wait make a shared machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("bitsandbytes", "transformers", "DeepSpeed", "lm_eval", "accelerate"):

@@ -71,6 +71,11 @@ def read_ds_config(
                 f"engine.deepspeed: {section.deepspeed} sets {key}, which does not work with "
                 "sequential clients on one engine; remove it"
             )
+    if bf16 and not zero.get("stage"):
+        raise UserError(
+            f"engine.deepspeed: {section.deepspeed} is ZeRO stage 0, whose bfloat16 masters cannot "
+            "be reset between clients; use ds_configs/zero2.json, or none for plain PyTorch"
+        )
     if quantization != "none" and zero.get("stage") == 3:
         raise UserError(
             f"model.quantization: expected none under ZeRO-3, got {quantization}, whose packed "

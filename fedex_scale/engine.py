@@ -123,7 +123,8 @@ def set_adapter(engine: Engine, pair_of: Callable[[str], Pair], *, side: bool) -
         side: whether the side adapter holds anything, and so takes part.
     """
     _release(engine)
-    models.activate(engine.model, trains=engine.trains, side=side)
+    if side != (SIDE in engine.model.active_adapters):  # a walk over all modules costs as a read
+        models.activate(engine.model, trains=engine.trains, side=side)
     for name, layer in engine.layers.items():
         _write_pair(layer, pair_of(name), CLIENT)
 

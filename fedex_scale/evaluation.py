@@ -79,7 +79,7 @@ def check_tasks(section: EvaluationSection) -> None:
 def evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, section: EvaluationSection
 ) -> dict[str, Any]:
-    """Return lm-eval's results for the model as it is; every rank must take part.
+    """Return lm-eval's results on rank 0, nothing elsewhere; every rank must take part.
 
     Every rank scores every example, so that under ZeRO-3 all ranks gather the same layers at the
     same time. Random state and training mode are left as they were.
@@ -100,7 +100,7 @@ def evaluate(
             bootstrap_iters=0,
         )
     model.train(was_training)
-    return results
+    return results or {}  # lm-eval answers on the first rank only
 
 
 def write_results(results: dict[str, Any], directory: Path) -> None:
@@ -120,7 +120,7 @@ def scores(results: dict[str, Any]) -> dict[str, float]:
     """Return each task's metrics as `task/metric` -> value."""
     return {
         f"{task}/{metric.split(',')[0]}": value
-        for task, metrics in results["results"].items()
+        for task, metrics in results.get("results", {}).items()
         for metric, value in metrics.items()
         if isinstance(value, float) and "stderr" not in metric
     }

@@ -45,7 +45,6 @@ def run_config(path: str | Path, overrides: Sequence[str]) -> None:
     engine = distributed.together(lambda: engine_for(config, len(clients)))
     distributed.on_main(lambda: make_directory(config, run, partition))
     _run(config, engine, tokenizer, clients, run)
-    distributed.leave_group()
 
 
 def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from fedex_scale.algebra import LowRank
 
-BLOCK_ROWS = 128
-"""Rows computed at once; small enough to stay in a CPU's cache from the product to the sum."""
+BLOCK_ENTRIES = 2**21
+"""Entries of the product computed at once; enough for a matrix product to run at full speed."""
+PART_ENTRIES = 2**19
+"""Entries added at once; few enough to stay in a CPU's cache from the first step to the last."""
 WIDE_BLOCK_ENTRIES = 2**25
 """Entries computed at once where the pieces come as a stream, which every block reads anew."""
 
@@ -94,46 +96,58 @@ def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats
 def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) -> FoldStats:
     rows, columns = target.shape
     streamed = not isinstance(pieces, Sequence)
-    step = max(1, WIDE_BLOCK_ENTRIES // columns) if streamed else BLOCK_ROWS
+    step = max(1, (WIDE_BLOCK_ENTRIES if streamed else BLOCK_ENTRIES) // columns)
     end = target.start + target.numel
     carry = carry and target.carries and flat.dtype != torch.float32
     if carry and target.carry is None:
         target.carry = torch.zeros_like(flat, dtype=torch.float32)
     intended = missed = 0.0
     buffer = flat.new_empty(min(step, rows), columns, dtype=torch.float32)
+    scratch = flat.new_empty(2, min(PART_ENTRIES, buffer.numel()), dtype=torch.float32)
     for row in range(target.start // columns // step * step, -(-end // columns), step):
         delta = _rows(pieces, slice(row, min(row + step, rows)), target.transposed, buffer)
         offset = row * columns - target.start
         low, high = max(0, -offset), min(delta.numel(), end - row * columns)
-        delta, place = delta.view(-1)[low:high], slice(offset + low, offset + high)
-        error = _add(flat[place], delta, target.carry[place] if carry else None)
-        intended += float(torch.linalg.vector_norm(delta)) ** 2
-        missed += float(torch.linalg.vector_norm(error)) ** 2
+        for first in range(low, high, PART_ENTRIES):
+            part = delta.view(-1)[first : min(first + PART_ENTRIES, high)]
+            place = slice(offset + first, offset + first + part.numel())
+            error = _add(
+                flat[place], part, target.carry[place] if carry else None, scratch[:, : len(part)]
+            )
+            intended += float(torch.dot(part, part))
+            missed += float(torch.dot(error, error))
     return FoldStats(intended, missed)
 
 
 def _rows(pieces: Iterable[LowRank], rows: slice, transposed: bool, buffer: Tensor) -> Tensor:
     """Return the given stored rows of the pieces' sum, in `buffer`."""
-    out = buffer[: rows.stop - rows.start].zero_()
-    for piece in pieces:
+    out = buffer[: rows.stop - rows.start]
+    for i, piece in enumerate(pieces):
+        left, right = piece.U_OP[rows], piece.V_PI
         if transposed:
-            out.addmm_(piece.V_PI[:, rows].T, piece.U_OP.T)
-        else:
-            out.addmm_(piece.U_OP[rows], piece.V_PI)
+            left, right = piece.V_PI[:, rows].T, piece.U_OP.T
+        torch.addmm(out, left, right, beta=min(i, 1), out=out)  # beta 0: what was there is dropped
     return out
 
 
-def _add(here: Tensor, delta: Tensor, carry: Tensor | None) -> Tensor:
+def _add(here: Tensor, delta: Tensor, carry: Tensor | None, scratch: Tensor) -> Tensor:
     """Add `delta` and the carry to `here`, update the carry, and return what delta missed.
 
-    Nothing small is summed with a weight but to find the nearest stored number: float32's own
-    rounding at the size of a weight would be seen beside residuals some 1e-5 of it. The change of
-    a stored number is exact in float32.
+    The change of a stored number is exact in float32, and so is a float32 sum less the 16-bit
+    number that it is rounded to; but the sum itself has float32's rounding at the size of a weight.
+    Where that would count, in a carry and in a float32 weight, delta is taken from the change.
+
+    Args:
+        scratch: float32 memory to work in, two rows as long as the others.
     """
+    before, after = scratch
+    if carry is None and here.dtype != torch.float32:
+        here.copy_(after.copy_(here).add_(delta))
+        return after.sub_(before.copy_(here))
     wanted = delta if carry is None else carry.add_(delta)
-    before = here.to(torch.float32, copy=True)
-    here.copy_(before + wanted)
-    minus_change = before.sub_(here)
+    before.copy_(here)
+    here.copy_(torch.add(before, wanted, out=after))
+    minus_change = before.sub_(after.copy_(here))
     if carry is not None:
         carry += minus_change
     return minus_change.add_(delta)

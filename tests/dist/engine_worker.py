@@ -67,7 +67,7 @@ def main(model: str, deepspeed: str, clients: str, out: str) -> None:
     results["fold"] = check_fold(engine)
     results |= check_side(engine, start)
     torch.save(results, Path(out) / f"rank{distributed.rank()}.pt")
-    distributed.leave_group()
+    distributed.leave(0)
 
 
 def random_pairs(engine: Engine, rank: int, *, seed: int) -> dict[str, Pair]:
