@@ -15,11 +15,11 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install check model quickstart test lint bench clean
+.PHONY: help install check model quickstart test test-all lint bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: .venv/.installed  ## Make .venv with the pinned packages
 .venv/.installed: pyproject.toml constraints.txt | check
@@ -36,7 +36,10 @@ quickstart: install model  ## Three clients, one round, from a pretrained model 
 	  launch/instruct.py --config launch/quickstart.yaml
 
 test: install  ## Run the tests; those that need the model are skipped where it cannot be had
-	-$(BIN)/python launch/fetch_model.py --out $(MODEL)
+	-@$(BIN)/python launch/fetch_model.py --out $(MODEL)
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-all: install model  ## Run the slow tests as well
 	$(BIN)/python -m pytest tests
 
 lint: install  ## Check style and format

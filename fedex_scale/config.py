@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import types
 import typing
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class RunSection:
         for tracker in self.trackers:
             if tracker not in known:
                 raise UserError(f"run.trackers: expected any of {', '.join(known)}, got {tracker}")
+            if importlib.util.find_spec(tracker) is None:
+                raise UserError(f"run.trackers: {tracker} is not installed; pip install {tracker}")
 
     @property
     def path(self) -> Path:

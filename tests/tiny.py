@@ -38,12 +38,12 @@ SENTENCES = [
 ]
 
 
-def make_llama(directory: Path) -> Path:
+def make_llama(directory: Path, *, width: int = 48, inner: int = 112) -> Path:
     """Write a 2-layer Llama, in several safetensors files with an index, and its tokenizer."""
     config = LlamaConfig(
         **_tokens(),
-        hidden_size=48,
-        intermediate_size=112,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,0 +1,54 @@
+"""What a user gets wrong is one line, exit code 2, and no run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedex_scale.cli import main
+
+CASES = {
+    "train.learning_rat=1": "did you mean learning_rate",
+    "model.path=./nowhere": "no config.json",
+    "data.path=nowhere.jsonl": "found none",
+    "lora.target_modules=[nonsense]": "match nothing",
+    "lora.rank=0": "expected at least 1, got 0",
+    "partition.num_clients=31": "at most one per example (30), got 31",
+    "run.dir=/proc/runs": "cannot write",
+    "engine.deepspeed=nowhere.json": "choose a file of ds_configs",
+    "evaluation.tasks=[fedex_word_problem]": "did you mean fedex_word_problems",
+    "run.trackers=[tensorbord]": "expected any of tensorboard",
+    "method.name=fedx": "fedex",
+    "no_equals_sign": "expected section.key=value",
+}
+
+
+@pytest.mark.parametrize("override", CASES)
+def test_one_line_and_code_2(
+    override: str, tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), "run.name=bad", override])
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert CASES[override] in lines[0]
+    assert not (runs_of(tiny_config) / "bad").exists()
+
+
+def test_existing_run_is_left_alone(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = runs_of(tiny_config) / "kept" / "config.yaml"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    arguments = ["--config", str(tiny_config), "run.name=kept", "run.overwrite=false"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *arguments])
+    assert ended.value.code == 2
+    assert "run.overwrite=true" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+
+
+def runs_of(config: Path) -> Path:
+    return Path(yaml.safe_load(config.read_text())["run"]["dir"])
