@@ -88,7 +88,7 @@ def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
     to be reset between clients or saved in a checkpoint.
     """
     # A client of one step would otherwise only warm up, and train nothing.
-    warmup = min(math.ceil(num_steps * section.warmup_ratio), num_steps - 1)
+    warmup = math.ceil(num_steps * section.warmup_ratio) if num_steps > 1 else 0
     if step < warmup:
         return section.learning_rate * step / max(1, warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)

@@ -24,7 +24,7 @@ BLOCK_ENTRIES = 2**21
 """Entries of the product computed at once; enough for a matrix product to run at full speed."""
 PART_ENTRIES = 2**19
 """Entries added at once; few enough to stay in a CPU's cache from the first step to the last."""
-WIDE_BLOCK_ENTRIES = 2**25
+WIDE_BLOCK_ENTRIES = 2**23
 """Entries computed at once where the pieces come as a stream, which every block reads anew."""
 
 
@@ -121,12 +121,14 @@ def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) 
 
 def _rows(pieces: Iterable[LowRank], rows: slice, transposed: bool, buffer: Tensor) -> Tensor:
     """Return the given stored rows of the pieces' sum, in `buffer`."""
-    out = buffer[: rows.stop - rows.start]
-    for i, piece in enumerate(pieces):
+    out, beta = buffer[: rows.stop - rows.start], 0  # 0: what was there is dropped
+    for piece in pieces:
         left, right = piece.U_OP[rows], piece.V_PI
         if transposed:
             left, right = piece.V_PI[:, rows].T, piece.U_OP.T
-        torch.addmm(out, left, right, beta=min(i, 1), out=out)  # beta 0: what was there is dropped
+        torch.addmm(out, left, right, beta=beta, out=out)
+        beta = 1
+        del piece, left, right  # only then does a stream have one piece in memory
     return out
 
 

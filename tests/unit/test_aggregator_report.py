@@ -55,9 +55,10 @@ def test_kept_is_what_the_forward_pass_sees(
         error = (seen - residual).norm().item()
         assert line.ideal_norm == pytest.approx(ideal.norm().item(), rel=1e-5)
         assert line.residual_norm == pytest.approx(residual.norm().item(), rel=1e-5)
-        assert line.kept == pytest.approx(1 - error / residual.norm().item(), abs=1e-3)
+        # Measured in float32, whose rounding of a weight is seen beside a residual 1e-6 of it.
+        assert line.kept == pytest.approx(1 - error / residual.norm().item(), abs=5e-3)
         missed, intended = missed + error**2, intended + residual.norm().item() ** 2
-    assert report.kept == pytest.approx(1 - math.sqrt(missed / intended), abs=1e-3)
+    assert report.kept == pytest.approx(1 - math.sqrt(missed / intended), abs=5e-3)
 
 
 @pytest.mark.parametrize("fold", ["round", "carry"])

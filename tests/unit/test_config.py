@@ -228,7 +228,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
         load_config(tmp_path / name)
 
 
-def test_the_resolved_config_loads_again_as_itself(load, tmp_path: Path) -> None:
+def test_the_resolved_config_loads_again_as_itself(load, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if it were installed
     config = load(
         "lora.target_modules=[q_proj]",
         "lora.alpha=8",

@@ -44,9 +44,16 @@ def test_deepspeed_config_leaves_nothing_to_fill_in(path: Path) -> None:
     assert filled["train_micro_batch_size_per_gpu"] == 2
     assert filled["gradient_accumulation_steps"] == 3
     assert filled["gradient_clipping"] == 0.5
-    assert filled["bf16"] == {"enabled": True}
+    assert filled["bf16"] == {"enabled": path.stem != "zero0"}
     before = json.loads(path.read_text(encoding="utf-8"))
     assert list(filled["zero_optimization"]) == list(before["zero_optimization"])
+
+
+def test_zero_0_in_bfloat16_is_refused() -> None:
+    section = EngineSection(deepspeed=str(ROOT / "ds_configs" / "zero0.json"))
+    sizes = {"micro_batch_size": 2, "accumulation": 3, "max_grad_norm": 0.5, "largest_weight": 9}
+    with pytest.raises(UserError, match=r"use ds_configs/zero2\.json"):
+        read_ds_config(section, bf16=True, **sizes)
 
 
 def test_offload_to_nvme_needs_to_know_where() -> None:
@@ -76,7 +83,7 @@ def read(path: Path, *, nvme_path: str | None) -> dict[str, Any]:
         micro_batch_size=2,
         accumulation=3,
         max_grad_norm=0.5,
-        bf16=True,
+        bf16=path.stem != "zero0",
         largest_weight=1000,
     )
 
