@@ -7,7 +7,6 @@ adapter, a round's residual factors (as an adapter of scaling 1) and the side ad
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +19,11 @@ from torch.nn.functional import pad
 
 from fedex_scale.algebra import LowRank, Pair, align, lora_scaling, stack
 from fedex_scale.errors import UserError
+from fedex_scale.peft_config import CONFIG_FILE, read_config
 from fedex_scale.tensorfile import SafetensorsReader, SafetensorsWriter
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# PEFT's settings under which a layer is no longer W + s B A, or a weight is more than its tensors.
-_REFUSED = (
-    "use_dora lora_bias layer_replication target_parameters trainable_token_indices use_qalora "
-    "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config"
-).split()
-# Initial values for which PEFT changes the base weights as it loads an adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +71,7 @@ class Adapter:
 
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory)
-        self.config = _read_config(self.path)
+        self.config = read_config(self.path)
         self.scaling = self._scaling(self.config["r"], self.config["lora_alpha"])
         try:
             self.file = SafetensorsReader(self.path / WEIGHTS_FILE)
@@ -287,43 +279,3 @@ def _layer_names(keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         if key.startswith(_PREFIX) and key.endswith(".lora_A.weight"):
             yield key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-
-
-def _read_config(path: Path) -> dict:
-    file = path / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"{path}: expected a PEFT adapter directory, found no {CONFIG_FILE}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
-    _check_numbers(config, file)
-    refused = {key: config.get(key) for key in _REFUSED if config.get(key)}
-    if config.get("bias") not in (None, "none"):
-        refused["bias"] = config["bias"]
-    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
-        refused["init_lora_weights"] = config["init_lora_weights"]
-    if refused:
-        key, value = next(iter(refused.items()))
-        raise UserError(
-            f"{file}: {key}: expected plain LoRA, got {value!r:.80}, which cannot be aggregated; "
-            "train without it"
-        )
-    return config
-
-
-def _check_numbers(config: dict, file: Path) -> None:
-    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise UserError(f"{file}: expected rank_pattern and alpha_pattern by layer, got {patterns}")
-    for rank in (config.get("r"), *patterns[0].values()):
-        for alpha in (config.get("lora_alpha"), *patterns[1].values()):
-            positive = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
-            if not isinstance(rank, int) or rank < 1 or not positive:
-                raise UserError(
-                    f"{file}: expected r >= 1 and a positive lora_alpha, got {rank}, {alpha}"
-                )

@@ -71,7 +71,8 @@ def aggregate(
 
     from fedex_scale.aggregator import AggregateSection
     from fedex_scale.methods import MethodConfig
-    from fedex_scale.offline import Job, aggregate_files, describe, parse_weights
+    from fedex_scale.offline import aggregate_files, describe, parse_weights
+    from fedex_scale.plan import Job
 
     job = Job(
         base=base,

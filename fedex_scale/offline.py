@@ -8,33 +8,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
-from fedex_scale.adapters import CONFIG_FILE, Adapter, AdapterWriter
-from fedex_scale.aggregator import (
-    AggregateReport,
-    AggregateSection,
-    Round,
-    Sinks,
-    aggregate,
-    base_update_rank,
-    check_clients,
-    is_streamed,
-)
-from fedex_scale.algebra import MAX_RANK, LowRank, Pair, normalise_weights
-from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
+from fedex_scale.adapters import CONFIG_FILE, AdapterWriter
+from fedex_scale.aggregator import AggregateReport, Sinks, aggregate
+from fedex_scale.algebra import LowRank, Pair
+from fedex_scale.basefiles import BaseWriter
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, MethodConfig
-from fedex_scale.outputs import building, check_out
+from fedex_scale.outputs import building
+from fedex_scale.plan import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.state import derive_seed
 from fedex_scale.weights import Target
 
@@ -42,70 +32,6 @@ from fedex_scale.weights import Target
 _TAKEN_OVER = (
     "task_type target_modules exclude_modules layers_to_transform layers_pattern modules_to_save"
 ).split()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to aggregate, and how."""
-
-    base: str
-    """Hugging Face model directory, or hub id."""
-    out: Path
-    """Directory to make."""
-    clients: tuple[Path, ...]
-    """PEFT adapter directories."""
-    weights: tuple[float, ...] | None = None
-    """One a client, of any sum; none: all alike."""
-    method: MethodConfig = field(default_factory=MethodConfig)
-    section: AggregateSection = field(default_factory=AggregateSection)
-    dtype: Literal["float32"] | None = None
-    """Of a changed base; none: that of BASE."""
-    seed: int = 0
-    """For methods that draw a fresh adapter."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (None, "float32"):
-            raise UserError(f"dtype: expected float32 or nothing, got {self.dtype}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A job's inputs, opened and checked, and the sizes of its results.
-
-    Fields:
-        rank: of the server's pair; the highest of all clients.
-        update_rank: columns of what the method adds to the base; 0 if it adds nothing.
-        side_rank: columns of the adapter that hold that; 0 if it goes into the base.
-        names: each layer's weight in the base's files, of layers whose weight may change.
-        shapes: each layer's (O, I).
-        conv1d: whether weights are stored as (I, O).
-    """
-
-    base: BaseFiles
-    adapters: Sequence[Adapter]
-    weights: Sequence[float]
-    rank: int
-    update_rank: int
-    side_rank: int
-    names: dict[str, str]
-    shapes: dict[str, tuple[int, int]]
-    transposed: dict[str, bool]
-
-    @property
-    def scaling(self) -> float:
-        return self.adapters[0].scaling
-
-    @property
-    def written_rank(self) -> int:
-        return self.rank + self.side_rank
-
-    def adapter_bytes(self, rank: int) -> int:
-        """Return the size of an adapter of such a rank, with the whole weights that come along."""
-        factors = sum(4 * rank * (num_out + num_in) for num_out, num_in in self.shapes.values())
-        entries = self.adapters[0].file.entries
-        return factors + sum(
-            entries[n].end - entries[n].start for n in self.adapters[0].full_weights
-        )
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:
@@ -144,12 +70,13 @@ def aggregate_files(job: Job, console: Console | None = None) -> dict[str, Any]:
             there whole or not at all.
     """
     began = time.perf_counter()
-    plan = _prepare(job)
+    plan = prepare(job)
+    size = num_bytes(job, plan)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     with ExitStack() as stack:
         progress = stack.enter_context(_progress(console))
-        task = progress.add_task("aggregating", total=_num_bytes(job, plan))
-        scratch = stack.enter_context(building(job.out, num_bytes=_num_bytes(job, plan)))
+        task = progress.add_task("aggregating", total=size)
+        scratch = stack.enter_context(building(job.out, num_bytes=size))
         writer = BaseWriter(
             plan.base,
             scratch / "base",
@@ -169,139 +96,15 @@ def aggregate_files(job: Job, console: Console | None = None) -> dict[str, Any]:
     return result
 
 
-def _prepare(job: Job) -> _Plan:
-    """Open and check everything before anything is written."""
-    base = BaseFiles(base_directory(job.base))
-    check_out(job.out, apart_from=base.path)
-    adapters = [Adapter(path) for path in job.clients]
-    weights = _weights(job)
-    rank = max(adapter.rank for adapter in adapters)
-    update_rank = base_update_rank(job.method, len(adapters), rank)
-    side_rank = 0
-    if job.section.fold == "side" and update_rank:
-        side_rank = job.section.side_rank or min(update_rank, MAX_RANK)
-    if job.method.assign == "keep" and (
-        side_rank < update_rank or is_streamed(len(adapters), rank)
-    ):
-        raise UserError(
-            "assign: keep gives each client a base of its own, which works only with few clients "
-            "and fold: side, whole; leave out --fold and --side-rank, or choose --assign average"
-        )
-    plan = _Plan(
-        base=base,
-        adapters=adapters,
-        weights=weights,
-        rank=rank,
-        update_rank=update_rank,
-        side_rank=side_rank,
-        names={},
-        shapes={layer: adapters[0].shapes(layer) for layer in adapters[0].layers},
-        transposed={},
-    )
-    check_clients(_round(plan))
-    _check_full_weights(adapters)
-    _find_weights(plan, folds=update_rank > side_rank)
-    return plan
-
-
-def _weights(job: Job) -> list[float]:
-    if METHODS[job.method.name].one_client:
-        raise UserError(f"method: {job.method.name} has one client, nothing to aggregate")
-    if not job.clients:
-        raise UserError("clients: expected at least one adapter directory, got none")
-    weights = job.weights if job.weights is not None else [1.0] * len(job.clients)
-    if len(weights) != len(job.clients):
-        raise UserError(
-            f"weights: expected {len(job.clients)}, one a client, got {len(weights)}; "
-            "give them in the order of the clients"
-        )
-    return normalise_weights(weights)
-
-
-def _find_weights(plan: _Plan, *, folds: bool) -> None:
-    """Fill in where each layer's weight lies, and check that it can take a fold if it has to."""
-    base, quantized = plan.base, "quantization_config" in plan.base.config
-    if folds and quantized:
-        raise UserError(
-            f"{base.path}: a quantized base cannot take a residual; use --fold side, without "
-            "--side-rank"
-        )
-    flag = bool(plan.adapters[0].config.get("fan_in_fan_out"))
-    for layer, shape in plan.shapes.items():
-        name, tied = base.find(layer), base.is_tied(layer)
-        if tied and folds:
-            raise UserError(
-                f"layer {layer}: its weight is the embedding's too, which a fold would change; "
-                "use --fold side, without --side-rank"
-            )
-        if name is None and not tied:
-            raise UserError(
-                f"layer {layer}: {base.path} has no such weight; were the clients trained on "
-                "another base model?"
-            )
-        if name is None or quantized:
-            plan.transposed[layer] = flag
-            continue
-        if name in plan.names.values():
-            other = next(x for x, taken in plan.names.items() if taken == name)
-            raise UserError(
-                f"layers {other} and {layer}: share the weight {name}, which would take both "
-                "updates; adapt one of them"
-            )
-        plan.transposed[layer] = base.is_transposed(name, shape, flag)
-        plan.names[layer] = name
-    if not folds:
-        plan.names.clear()
-
-
-def _check_full_weights(adapters: Sequence[Adapter]) -> None:
-    first = adapters[0]
-    for adapter in adapters:
-        shapes = [
-            {name: x.file.entries[name].shape for name in x.full_weights} for x in (first, adapter)
-        ]
-        for name in sorted(set(shapes[0]) ^ set(shapes[1])):
-            raise UserError(f"{name}: only some clients have it; every client must train the same")
-        for name, shape in shapes[0].items():
-            if shapes[1][name] != shape:
-                raise UserError(
-                    f"{adapter.path}, {name}: expected shape {shape}, got {shapes[1][name]}; "
-                    "every client must train the same"
-                )
-
-
-def _round(plan: _Plan) -> Round:
-    return Round(
-        clients=plan.adapters,
-        weights=plan.weights,
-        previous=None,
-        rank=plan.rank,
-        scaling=plan.scaling,
-        side_rank=plan.side_rank,
-    )
-
-
-def _num_bytes(job: Job, plan: _Plan) -> int:
-    """Return how much will be written at most."""
-    total = plan.adapter_bytes(plan.written_rank)
-    if job.method.assign == "keep":
-        count = len(plan.adapters)
-        total += count * plan.adapter_bytes((count + 1) * plan.rank)
-    if plan.names:
-        dtype = getattr(torch, job.dtype) if job.dtype else None
-        total += BaseWriter(plan.base, job.out, set(), dtype=dtype).num_bytes
-    return total
-
-
 def _aggregate(
-    job: Job, plan: _Plan, scratch: Path, writer: BaseWriter, on_bytes: Any
+    job: Job, plan: Plan, scratch: Path, writer: BaseWriter, on_bytes: Any
 ) -> AggregateReport:
     """Write the adapters and the changed weights."""
     with ExitStack() as stack:
         out = stack.enter_context(_open_adapter(scratch / "adapter", plan, plan.written_rank))
         sinks = _sinks(job, plan, out, scratch, stack)
         report = aggregate(
-            _round(plan),
+            round_of(plan),
             job.method,
             job.section,
             {layer: _target(plan, writer, layer) for layer in plan.shapes},
@@ -316,7 +119,7 @@ def _aggregate(
     return report
 
 
-def _sinks(job: Job, plan: _Plan, out: AdapterWriter, scratch: Path, stack: ExitStack) -> Sinks:
+def _sinks(job: Job, plan: Plan, out: AdapterWriter, scratch: Path, stack: ExitStack) -> Sinks:
     """Return sinks that write the pair and what the side holds as one adapter."""
     pairs: dict[str, Pair] = {}
 
@@ -343,7 +146,7 @@ def _sinks(job: Job, plan: _Plan, out: AdapterWriter, scratch: Path, stack: Exit
     return Sinks(adapter=out.write, client=client)
 
 
-def _open_adapter(path: Path, plan: _Plan, rank: int) -> AdapterWriter:
+def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
     """Return a writer; an adapter of a higher rank than the server's holds scaling in its B."""
     config = plan.adapters[0].config
     settings = {key: config[key] for key in _TAKEN_OVER if config.get(key) is not None}
@@ -363,7 +166,7 @@ def _open_adapter(path: Path, plan: _Plan, rank: int) -> AdapterWriter:
     )
 
 
-def _target(plan: _Plan, writer: BaseWriter, layer: str) -> Target:
+def _target(plan: Plan, writer: BaseWriter, layer: str) -> Target:
     transposed, shape = plan.transposed[layer], plan.shapes[layer]
     stored = shape[::-1] if transposed else shape
     if layer not in plan.names:
@@ -378,7 +181,7 @@ def _target(plan: _Plan, writer: BaseWriter, layer: str) -> Target:
     )
 
 
-def _mean_blocks(plan: _Plan, name: str) -> Iterator[Tensor]:
+def _mean_blocks(plan: Plan, name: str) -> Iterator[Tensor]:
     """Yield the clients' weighted mean of a whole weight, part by part."""
     streams = [adapter.file.blocks(name) for adapter in plan.adapters]
     for parts in zip(*streams, strict=True):
@@ -405,7 +208,7 @@ def _name_base(adapter: Path, job: Job, changed: bool) -> None:
         (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _report(job: Job, plan: _Plan, report: AggregateReport, seconds: float) -> dict[str, Any]:
+def _report(job: Job, plan: Plan, report: AggregateReport, seconds: float) -> dict[str, Any]:
     whole = report.as_dict()
     bases = sorted({str(x.config.get("base_model_name_or_path")) for x in plan.adapters})
     notes = sorted({layer.note for layer in report.layers if layer.note})

@@ -1,0 +1,59 @@
+"""adapter_config.json as PEFT writes it: read, and refused where it is more than plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from fedex_scale.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+# PEFT's settings under which a layer is no longer W + s B A, or a weight is more than its tensors.
+_REFUSED = (
+    "use_dora lora_bias layer_replication target_parameters trainable_token_indices use_qalora "
+    "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config"
+).split()
+# Initial values for which PEFT changes the base weights as it loads an adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_config(path: Path) -> dict:
+    """Return the settings of an adapter directory, or raise a UserError that names it."""
+    file = path / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{path}: expected a PEFT adapter directory, found no {CONFIG_FILE}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); save the adapter again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
+    _check_numbers(config, file)
+    refused = {key: config.get(key) for key in _REFUSED if config.get(key)}
+    if config.get("bias") not in (None, "none"):
+        refused["bias"] = config["bias"]
+    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    if refused:
+        key, value = next(iter(refused.items()))
+        raise UserError(
+            f"{file}: {key}: expected plain LoRA, got {value!r:.80}, which cannot be aggregated; "
+            "train without it"
+        )
+    return config
+
+
+def _check_numbers(config: dict, file: Path) -> None:
+    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise UserError(f"{file}: expected rank_pattern and alpha_pattern by layer, got {patterns}")
+    for rank in (config.get("r"), *patterns[0].values()):
+        for alpha in (config.get("lora_alpha"), *patterns[1].values()):
+            positive = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
+            if not isinstance(rank, int) or rank < 1 or not positive:
+                raise UserError(
+                    f"{file}: expected r >= 1 and a positive lora_alpha, got {rank}, {alpha}"
+                )

@@ -1,0 +1,68 @@
+"""Each benchmark measures a tiny model, and its last line holds what it measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def run(name: str, model: Path | str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--model", model, "--quick"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def measured(name: str, model: Path) -> dict:
+    done = run(name, model)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["benchmark"] == name
+    assert all(figure["median"] > 0 for figure in result["figures"].values())
+    for ratio in result["ratios"].values():
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    return result
+
+
+def test_client_switch(tiny_llama: Path) -> None:
+    ratios = measured("client_switch", tiny_llama)["ratios"]
+    assert ratios["anew / switch"]["goal"].startswith("goal >= 20: ")
+
+
+def test_throughput_of_the_same_training_with_the_same_losses(tiny_llama: Path) -> None:
+    result = measured("throughput", tiny_llama)
+    assert len(result["losses"]) == 3
+    # The Trainer does the very same float32 operations; padding changes the order of sums.
+    assert result["largest_loss_difference"]["Trainer + PEFT"] < 1e-6
+    assert result["largest_loss_difference"]["ours, padded to 64"] < 1e-4
+
+
+def test_host_memory(tiny_llama: Path) -> None:
+    figures = measured("host_memory", tiny_llama)["figures"]
+    assert list(figures) == ["3 clients", "6 clients"]
+
+
+def test_what_cannot_be_measured_is_told_on_one_line(tmp_path: Path) -> None:
+    done = run("client_switch", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: model.path: ")
+
+
+def test_a_goal_is_judged_by_the_median() -> None:
+    from common import Ratio
+
+    values = [0.5, 30, 40]
+    assert Ratio(name="", values=values, at_least=20).goal == "goal >= 20: reached"
+    assert Ratio(name="", values=values, at_least=31).goal == "goal >= 31: missed"
+    assert Ratio(name="", values=values, at_most=1.02).goal == "goal <= 1.02: missed"
+    assert Ratio(name="", values=values).goal == ""
