@@ -75,7 +75,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line above the display."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self, written: Mapping[str, Path]) -> None:
         """Show what came out: scores before and after, and where the files are."""
@@ -116,6 +116,8 @@ class Monitor:
         if fields["residual_norm"]:
             share = fields["residual_norm"] / fields["ideal_norm"]
             line += f": residual {share:.2%} of the update, kept {fields['kept']:.4%} of it"
+        else:
+            line += ": nothing to add to the base"
         self.say(line)
         for warning in filter(None, (fields["warning"], *fields["notes"])):
             self.say(f"warning: {warning}")

@@ -31,14 +31,14 @@ def test_quickstart_in_short(tmp_path: Path) -> None:
         f"data.path={tmp_path / 'train.jsonl'}",
         f"evaluation.data={{fedex_word_problems: {tmp_path / 'heldout.jsonl'}}}",
         "partition.min_examples=32",
-        "train.max_steps=2",
+        "train.max_steps=3",
         "evaluation.before=false",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "kept 100.0000%" in done.stdout
     run = tmp_path / "quickstart"
     events = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    assert [event["event"] for event in events].count("step") == 6
+    assert [event["event"] for event in events].count("step") == 9
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     ids = torch.arange(100, 120)[None]
     with torch.no_grad():
