@@ -19,6 +19,9 @@ MATH = [
 WORD_PROBLEMS = [
     {"query": "Tom has 12 apples and buys 7. How many?", "response": "19.\nThe answer is: 19"},
     {"query": "A box holds 6 pens. How many do 4 hold?", "response": "24.\nThe answer is: 24"},
+    {"query": "Mia had 35 coins and lost 8. How many?", "response": "27.\nThe answer is: 27"},
+    {"query": "What is 3 + 4?", "response": "7.\nThe answer is: 7"},
+    {"query": "How many legs do 5 cats have?", "response": "20.\nThe answer is: 20"},
 ]
 # By task: a row as the hub's dataset holds it, what follows `Please`, and the answer.
 SUITES: dict[str, tuple[dict, str, str]] = {

@@ -150,7 +150,7 @@ def load(source: str, remedy: str, *args: Any, **kwargs: Any) -> Dataset:
     try:
         rows = load_dataset(*args, **kwargs)
     except Exception as error:
-        raise UserError(f"data: cannot load {source} ({_cause(error)}); {remedy}") from None
+        raise UserError(f"data: cannot load {source} ({cause_of(error)}); {remedy}") from None
     if len(rows) == 0:
         raise UserError(f"{source}: expected at least one row, got none; name other data")
     return rows
@@ -168,7 +168,7 @@ def _check_column(rows: Dataset, column: str, source: str, config: DataConfig) -
         raise UserError(f"{source}: column {column} is empty in {missing} rows; take them out")
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Return the first line of what went wrong at the root."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -30,6 +30,7 @@ ORDER = (
     "aggregator",
     "aggregate_report",
     "evaluation",
+    "spread",
     "progress",
     "engine",
     "ds_config",
