@@ -13,6 +13,7 @@ from fedex_scale.data.prompts import MATH_EVALUATION_PROMPT, MATH_PROMPT
 from fedex_scale.errors import UserError
 
 Responses = Iterable[list[str]]
+NO_ANSWER = "[invalid]"  # as lm-eval's own filters say it
 
 
 def word_problem_prompt(row: dict) -> str:
@@ -42,30 +43,30 @@ def math_gold(row: dict) -> str | None:
     return last_boxed(row["solution"])
 
 
-def by_paper_rule(responses: Responses, rows: list[dict]) -> list[str | None]:
+def by_paper_rule(responses: Responses, rows: list[dict]) -> list[str]:
     return _first(responses, paper_number)
 
 
-def by_correct_rule(responses: Responses, rows: list[dict]) -> list[str | None]:
+def by_correct_rule(responses: Responses, rows: list[dict]) -> list[str]:
     return _first(responses, correct_number)
 
 
-def after_marker(responses: Responses, rows: list[dict]) -> list[str | None]:
+def after_marker(responses: Responses, rows: list[dict]) -> list[str]:
     return _first(responses, marked_answer)
 
 
-def score_word_problem(row: dict, answers: list[str | None]) -> dict[str, float]:
+def score_word_problem(row: dict, answers: list[str]) -> dict[str, float]:
     return _equal(answers[0], word_problem_gold(row))
 
 
-def score_gsm8k(row: dict, answers: list[str | None]) -> dict[str, float]:
+def score_gsm8k(row: dict, answers: list[str]) -> dict[str, float]:
     return _equal(answers[0], gsm8k_gold(row))
 
 
-def score_math(row: dict, answers: list[str | None]) -> dict[str, float]:
+def score_math(row: dict, answers: list[str]) -> dict[str, float]:
     """exact_match is Hendrycks' equality, math_verify the symbolic one."""
     answer, gold = answers[0], math_gold(row)
-    both = answer is not None and gold is not None
+    both = answer != NO_ANSWER and gold is not None
     return {
         "exact_match": float(both and hendrycks_equal(answer, gold)),
         "math_verify": float(both and symbolically_equal(answer, gold)),
@@ -73,15 +74,16 @@ def score_math(row: dict, answers: list[str | None]) -> dict[str, float]:
     }
 
 
-def _equal(answer: str | None, gold: str | None) -> dict[str, float]:
+def _equal(answer: str, gold: str | None) -> dict[str, float]:
     return {
         "exact_match": float(gold is not None and answer == gold),
         "unparsed_gold": int(gold is None),
     }
 
 
-def _first(responses: Responses, rule: Callable[[str], object]) -> list[str | None]:
-    return [_text(rule(outputs[0])) for outputs in responses]
+def _first(responses: Responses, rule: Callable[[str], object]) -> list[str]:
+    read = [_text(rule(outputs[0])) for outputs in responses]
+    return [NO_ANSWER if answer is None else answer for answer in read]
 
 
 def _text(value: str | int | Fraction | None) -> str | None:

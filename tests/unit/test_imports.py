@@ -21,6 +21,7 @@ ORDER = (
     "cli",
     "offline",
     "plan",
+    "scoring",
     "run",
     "rounds",
     "server",
