@@ -153,6 +153,22 @@ def evaluate(
         console.print(f"results: {out or subject.out}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_RESULTS...", help="The first is what others differ from."),
+    ],
+) -> None:
+    """Compare scored runs on the same examples: differences with bootstrap intervals."""
+    from rich.console import Console
+
+    from fedex_scale import compare as comparison
+
+    console = Console(highlight=False)
+    console.print(comparison.table(comparison.compare(runs)), soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     _set_up_libraries()

@@ -21,6 +21,7 @@ ORDER = (
     "cli",
     "offline",
     "plan",
+    "compare",
     "scoring",
     "run",
     "rounds",
