@@ -129,6 +129,9 @@ def evaluate(
     batch_size: Annotated[
         str | None, typer.Option(help="Prompts at once, or auto; none: the run's own, or 16.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; none: the run's own, or what is fast.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make for the results.")] = None,
 ) -> None:
     """Score a run's final model, or any model, with lm-eval, as the run itself did."""
@@ -143,7 +146,7 @@ def evaluate(
     asked = {"tasks": tuple(suite or ()), "limit": limit, "data_dir": data_dir, "batch_size": size}
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
     distributed.join_group(required=False)
-    subject = distributed.together(lambda: scoring.find_subject(model, adapter, asked))
+    subject = distributed.together(lambda: scoring.find_subject(model, adapter, asked, dtype=dtype))
     results = scoring.score(subject, out or subject.out)
     if distributed.is_main():
         console = Console(highlight=False)

@@ -43,13 +43,16 @@ class Subject:
     known_as: tuple[str, str] | None = None
 
 
-def find_subject(name: str, adapter: Path | None, asked: Mapping[str, Any]) -> Subject:
+def find_subject(
+    name: str, adapter: Path | None, asked: Mapping[str, Any], *, dtype: str | None = None
+) -> Subject:
     """Return what to score: a run's final model, or a model with or without an adapter.
 
     Args:
         name: a run's directory, a model's directory, or a hub id.
         adapter: in place of the run's final adapter.
         asked: values of `evaluation` to use; of a run, the others are the run's own.
+        dtype: to compute in; none: the run's own, or as `model.dtype: auto` chooses.
 
     Raises:
         UserError: an unfinished run, one without its changed base, or an adapter for another base.
@@ -60,6 +63,10 @@ def find_subject(name: str, adapter: Path | None, asked: Mapping[str, Any]) -> S
         model, out = ModelSection(path=name), Path("evaluations") / Path(name).name
         section = EvaluationSection(**asked)
         subject = Subject(model=model, adapter=adapter, section=section, out=out)
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype}")
+        subject = replace(subject, model=replace(subject.model, dtype=dtype))
     if not subject.section.tasks:
         raise UserError("--suite: expected at least one task, such as fedex_gsm8k, got none")
     if subject.adapter is not None:
