@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from peft import PeftModel
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from fedex_scale import distributed, evaluation, models
 from fedex_scale.adapters import Adapter
@@ -82,7 +83,7 @@ def score(subject: Subject, out: Path) -> dict[str, Any]:
     distributed.on_main(lambda: check_out(out))
     distributed.together(lambda: evaluation.check_tasks(subject.section))
     tokenizer = distributed.together(lambda: models.load_tokenizer(subject.model))
-    model, device = distributed.together(lambda: _load(subject)), distributed.device()
+    model, device = distributed.together(lambda: load(subject)), distributed.device()
     if subject.model.quantization == "none":
         model.to(device)
     results = evaluation.evaluate(model, tokenizer, subject.section)
@@ -173,7 +174,8 @@ def _check_adapter(path: Path, model: ModelSection) -> None:
             )
 
 
-def _load(subject: Subject) -> Any:
+def load(subject: Subject) -> PreTrainedModel | PeftModel:
+    """Return the model with its adapter, not merged, as the engine holds it."""
     section = subject.model
     dtype = models.resolve_dtype(section)
     base = models.load_model(section, dtype, distributed.device())

@@ -53,6 +53,11 @@ def test_host_memory(tiny_llama: Path) -> None:
     assert list(figures) == ["3 clients", "6 clients"]
 
 
+def test_generation_writes_what_lm_eval_writes(tiny_llama: Path) -> None:
+    ratios = measured("generation", tiny_llama)["ratios"]
+    assert ratios["ours / lm-eval"]["goal"].startswith("goal <= 1.05: ")
+
+
 @pytest.mark.slow
 def test_methods_go_on_where_they_were_stopped(tiny_llama: Path, tmp_path: Path) -> None:
     options = ("--out", str(tmp_path / "out"))
