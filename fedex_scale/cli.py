@@ -28,12 +28,15 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; start, if none.")
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Train the clients round by round, aggregate, score and export."""
     from fedex_scale.run import run_config
 
-    run_config(config, overrides or [])
+    run_config(config, [*(overrides or []), *(["run.resume=auto"] if resume else [])])
 
 
 @app.command()
@@ -179,17 +182,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(list(arguments) if arguments is not None else None)
     except SystemExit as ended:
         code = ended.code
+        if hasattr(ended, "message"):
+            _tell(ended.message)
     except UserError as error:
-        from fedex_scale import distributed
-
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         code = 2
+    except (OSError, RuntimeError, MemoryError) as error:
+        from fedex_scale import faults
+
+        reason = faults.explain(error)
+        if reason is None:
+            raise
+        if faults.is_speaker():
+            print(f"error: {reason}", file=sys.stderr)
+        code = 1
     if "torch" not in sys.modules:
         sys.exit(code)
     from fedex_scale import distributed
 
     distributed.leave(code or 0)
+
+
+def _tell(line: str) -> None:
+    """Print a line for the user once, whatever the number of ranks."""
+    from fedex_scale import distributed
+
+    if distributed.is_main():
+        print(line, file=sys.stderr)
 
 
 def _set_up_libraries() -> None:

@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import transformers
 
-from fedex_scale import distributed
+from fedex_scale import distributed, faults
 from fedex_scale.adapters import AdapterWriter, LoraSection
 from fedex_scale.data.batching import Examples, collate, plan_steps, shard
 from fedex_scale.engine import (
@@ -24,8 +24,10 @@ from fedex_scale.engine import (
     reset_for_client,
     train_step,
 )
-from fedex_scale.errors import UserError
-from fedex_scale.state import derive_seed
+from fedex_scale.errors import ClientFailure, UserError
+from fedex_scale.state import ClientProgress, derive_seed
+
+CLIENT_FILE = "client.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,9 @@ def train_client(
     side: bool,
     pad_id: int,
     on_step: Callable[[dict], None],
+    begin: ClientProgress | None = None,
+    restore: Callable[[], None] = lambda: None,
+    save: Callable[[ClientProgress], None] = lambda progress: None,
 ) -> ClientUpdate:
     """Train one client from the server's adapter; the engine then holds the client's.
 
@@ -128,45 +133,59 @@ def train_client(
         start: the adapter to begin with, by layer.
         side: whether the side adapter takes part in the forward pass.
         on_step: called on every rank after each step with step, loss, lr and tokens.
+        begin: where a checkpoint left the client, whose adapter is then `start`.
+        restore: sets the rest of what that checkpoint holds, on every rank.
+        save: called on every rank after each step; may write a checkpoint, or stop the run.
 
     Raises:
-        UserError: the loss is no longer finite.
+        ClientFailure: the loss is no longer finite.
     """
-    began = time.perf_counter()
+    progress = begin or ClientProgress(client=client)
+    began = time.perf_counter() - progress.seconds
+    again = ("again", progress.attempt) if progress.attempt else ()
     reset_for_client(engine, start, side=side)
     steps = plan_steps(
         examples.lengths,
         batch_size=section.batch_size,
         epochs=section.local_epochs,
-        seed=derive_seed(seed, "order", round, client),
+        seed=derive_seed(seed, "order", round, client, *again),
         group_by_length=section.group_by_length,
     )[: section.max_steps]
-    transformers.set_seed(derive_seed(seed, "train", round, client, distributed.rank()))
-    losses, num_tokens = [], 0
-    for step, indices in enumerate(steps):
-        trained = int(examples.num_trained[indices].sum())
-        lr = learning_rate(step, len(steps), section)
-        batches = list(_micro_batches(examples, indices, section, pad_id))
-        loss = train_step(engine, batches, tokens=trained, lr=lr)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"round {round}, client {client}, step {step + 1}: expected a finite loss, got "
-                f"{loss}; lower train.learning_rate or look at this client's data"
+    transformers.set_seed(derive_seed(seed, "train", round, client, distributed.rank(), *again))
+    if progress.step:
+        restore()
+    with faults.deferring():
+        for step in range(progress.step, len(steps)):
+            indices, lr = steps[step], learning_rate(step, len(steps), section)
+            trained = int(examples.num_trained[indices].sum())
+            batches = list(_micro_batches(examples, indices, section, pad_id))
+            loss = train_step(engine, batches, tokens=trained, lr=lr)
+            if not math.isfinite(loss):
+                raise ClientFailure(
+                    f"round {round}, client {client}, step {step + 1}: expected a finite loss, got "
+                    f"{loss}; lower train.learning_rate or look at this client's data"
+                )
+            tokens = int(examples.lengths[indices].sum())
+            progress = replace(
+                progress,
+                step=step + 1,
+                num_tokens=progress.num_tokens + tokens,
+                first_loss=progress.first_loss if step else loss,
+                last_loss=loss,
+                seconds=time.perf_counter() - began,
             )
-        losses.append(loss)
-        tokens = int(examples.lengths[indices].sum())
-        num_tokens += tokens
-        place = {"round": round, "client": client, "step": step + 1, "steps": len(steps)}
-        on_step({**place, "loss": loss, "lr": lr, "tokens": tokens})
+            place = {"round": round, "client": client, "step": step + 1, "steps": len(steps)}
+            on_step({**place, "loss": loss, "lr": lr, "tokens": tokens})
+            save(progress)
     return ClientUpdate(
         round=round,
         client=client,
         num_examples=len(examples),
         num_steps=len(steps),
-        num_tokens=num_tokens,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        seconds=time.perf_counter() - began,
+        num_tokens=progress.num_tokens,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        seconds=progress.seconds,
     )
 
 
@@ -174,6 +193,29 @@ def write_client(
     engine: Engine, update: ClientUpdate, directory: Path, lora: LoraSection, base: str
 ) -> None:
     """Write the adapter that the engine holds as a PEFT directory; every rank must take part."""
+    who = f"round {update.round}, client {update.client}"
+    write_adapter(engine, directory, lora, base, who=who)
+    if distributed.is_main():
+        (directory / CLIENT_FILE).write_text(json.dumps(asdict(update), indent=2) + "\n")
+    distributed.barrier()
+
+
+def read_update(directory: Path) -> ClientUpdate:
+    """Return what `write_client` wrote beside the adapter."""
+    return ClientUpdate(**json.loads((directory / CLIENT_FILE).read_text()))
+
+
+def write_adapter(
+    engine: Engine, directory: Path, lora: LoraSection, base: str, *, who: str
+) -> None:
+    """Write the adapter that the engine holds; every rank must take part.
+
+    Args:
+        who: whose it is, for an error.
+
+    Raises:
+        ClientFailure: it is not finite.
+    """
     with ExitStack() as stack:
         write = None
         if distributed.is_main():
@@ -181,15 +223,12 @@ def write_client(
         for layer, pair in read_pairs(engine):
             # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
             if not all(math.isfinite(factor.sum()) for factor in pair):
-                raise UserError(
-                    f"round {update.round}, client {update.client}, layer {layer}: expected finite "
-                    "factors, got NaN or Inf; lower train.learning_rate or look at its data"
+                raise ClientFailure(
+                    f"{who}, layer {layer}: expected finite factors, got NaN or Inf; "
+                    "lower train.learning_rate or look at its data"
                 )
             if write is not None:
                 write(layer, pair)
-    if distributed.is_main():
-        (directory / "client.json").write_text(json.dumps(asdict(update), indent=2) + "\n")
-    distributed.barrier()
 
 
 def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) -> AdapterWriter:

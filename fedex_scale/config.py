@@ -39,10 +39,20 @@ class RunSection:
     """Everything random is drawn from (seed, round, client) and nothing else."""
     overwrite: bool = False
     """Delete an existing run directory of this name first."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest checkpoint of this name, if there is one; as --resume does."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    save_steps: int | None = 50
+    """Steps of a client between checkpoints; none: only when a client or a round is done."""
     trackers: tuple[str, ...] = ()
     """Any of tensorboard, wandb, trackio; through accelerate's trackers."""
 
     def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"run.keep: expected at least 1, got {self.keep}")
+        if self.save_steps is not None and self.save_steps < 1:
+            raise UserError(f"run.save_steps: expected at least 1 or none, got {self.save_steps}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise UserError(f"run.name: expected a plain name, got {self.name!r}; try my_run")
         known = ("tensorboard", "wandb", "trackio")
@@ -67,6 +77,9 @@ class FederationSection:
     """First A: one draw for all clients (the paper, eq. 10) or one a client (its public code)."""
     weights: Literal["num_examples", "uniform"] = "num_examples"
     """A client's weight in the averages."""
+    on_client_failure: Literal["stop", "skip", "retry"] = "stop"
+    """A client whose loss or adapter is NaN or Inf: stop the run, leave the client out of the
+    round, or train it once more with another seed and stop if that fails, too."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:

@@ -29,7 +29,9 @@ class Monitor:
         self.console = Console(highlight=False, quiet=not distributed.is_main())
         self._file = metrics.open("a", encoding="utf-8") if distributed.is_main() else None
         self._trackers = trackers
-        self._total, self._done, self._tokens = total_steps, 0, 0
+        self._total, self._tokens = total_steps, 0
+        self._before = _read_events(metrics)
+        self._done = self._resumed = sum(x["event"] == "step" for x in self._before)
         self._start = self._last_line = time.perf_counter()
         self._training_s = 0.0
         self._last_event = self._start
@@ -43,7 +45,11 @@ class Monitor:
             disable=not self.console.is_terminal or not distributed.is_main(),
         )
         self._task = self._progress.add_task("starting", total=total_steps, state="")
+        self._progress.update(self._task, completed=self._done)
         self._scores: dict[str, list[float]] = {}
+        for fields in self._before:
+            if fields["event"] == "eval":
+                self._add_scores(fields)
 
     def __enter__(self) -> Monitor:
         self._progress.start()
@@ -55,16 +61,17 @@ class Monitor:
             self._file.close()
 
     def log(self, event: str, **fields: Any) -> None:
-        """Record one event: step, client, round or eval."""
+        """Record one event: step, client, failure, round or eval."""
         if self._file is None:
             return
-        seconds = round(time.perf_counter() - self._start, 3)
+        seconds = round(time.perf_counter() - self._start + self._seconds_before(), 3)
         self._file.write(json.dumps({"event": event, "seconds": seconds, **fields}) + "\n")
         self._file.flush()
         show = {
             "step": self._step,
             "client": self._client,
             "round": self._round,
+            "failure": self._failure,
             "eval": self._eval,
         }
         show[event](fields)
@@ -96,7 +103,7 @@ class Monitor:
         self._tokens += fields["tokens"]
         self._training_s += now - self._last_event
         rate = self._tokens / self._training_s
-        left = (self._total - self._done) * self._training_s / self._done
+        left = (self._total - self._done) * self._training_s / (self._done - self._resumed)
         where = f"round {fields['round']}, client {fields['client']}"
         state = f"loss {fields['loss']:.3f}, {rate:,.0f} tokens/s, {_duration(left)} left"
         self._progress.update(self._task, completed=self._done, description=where, state=state)
@@ -111,6 +118,9 @@ class Monitor:
             + _duration(fields["seconds"])
         )
 
+    def _failure(self, fields: dict[str, Any]) -> None:
+        self.say(f"warning: {fields['reason']} ({fields['action']})")
+
     def _round(self, fields: dict[str, Any]) -> None:
         line = f"round {fields['round']} aggregated"
         if fields["residual_norm"]:
@@ -124,11 +134,26 @@ class Monitor:
 
     def _eval(self, fields: dict[str, Any]) -> None:
         when = f"after round {fields['round']}" if fields["round"] else "before training"
+        scores = self._add_scores(fields)
+        listed = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+        self.say(f"{when}: {listed} ({_duration(fields['took_s'])})")
+
+    def _add_scores(self, fields: Mapping[str, Any]) -> dict[str, float]:
         scores = {k: v for k, v in fields.items() if "/" in k}
         for name, value in scores.items():
             self._scores.setdefault(name, []).append(value)
-        listed = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
-        self.say(f"{when}: {listed} ({_duration(fields['took_s'])})")
+        return scores
+
+    def _seconds_before(self) -> float:
+        """Return the time that the run took before it was interrupted."""
+        return self._before[-1]["seconds"] if self._before else 0.0
+
+
+def _read_events(metrics: Path) -> list[dict[str, Any]]:
+    """Return the events of a run that goes on; none for a new one."""
+    if not metrics.exists():
+        return []
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def open_trackers(names: tuple[str, ...], directory: Path, config: dict) -> list[Tracker]:

@@ -17,14 +17,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fedex_scale import server
 from fedex_scale.adapters import Adapter
-from fedex_scale.client import ClientUpdate, train_client, write_client
+from fedex_scale.client import ClientUpdate, read_update, train_client, write_client
 from fedex_scale.config import Config, FederationSection
 from fedex_scale.data.batching import Examples
 from fedex_scale.engine import Engine, Source, fold_targets
-from fedex_scale.state import RunDir, ServerState, derive_seed
+from fedex_scale.errors import UserError
+from fedex_scale.saves import Saver
+from fedex_scale.state import ClientProgress, Place, RunDir, ServerState, derive_seed
 
 
 def run_rounds(
@@ -32,52 +35,80 @@ def run_rounds(
     engine: Engine,
     clients: Sequence[Examples],
     run: RunDir,
+    saver: Saver,
     *,
     pad_id: int,
     evaluate: Callable[[int], None],
     log: Callable[..., None],
 ) -> ServerState:
-    """Run every round and return the server's last state.
+    """Run every round that is not done yet, and return the server's last state.
 
     Args:
         clients: each client's examples.
+        saver: saves the run's place, and knows where an interrupted run goes on.
         pad_id: the token that fills up a batch.
         evaluate: called with the round when the engine holds the server's model.
-        log: called with an event's name (step, client, round) and its fields.
+        log: called with an event's name (step, client, failure, round) and its fields.
 
     Raises:
         UserError: a client's loss or adapter is no longer finite.
     """
-    state = ServerState()
-    server.draw_adapter(config, engine, run)
-    server.show(engine, run, state)
-    evaluate(0)
     targets = fold_targets(engine)
-    for round in range(1, config.federation.rounds + 1):
-        chosen = choose_clients(config.federation, len(clients), config.run.seed, round)
-        updates = []
-        for client in chosen:
-            update = train_client(
-                engine,
-                clients[client],
-                start_of(config, engine, run, round, client),
-                config.train,
-                seed=config.run.seed,
-                round=round,
-                client=client,
-                side=state.has_side,
-                pad_id=pad_id,
-                on_step=lambda fields: log("step", **fields),
-            )
-            write_client(engine, update, run.client(round, client), config.lora, config.model.path)
-            log("client", **vars(update))
-            updates.append(update)
+    if saver.place is None:
+        server.draw_adapter(config, engine, run)
+        saver.save(Place())
+    state = saver.place.state
+    server.refold(config, engine, targets, run, state)
+    server.show(engine, run, state)
+    evaluate(state.round)
+    for round in range(state.round + 1, config.federation.rounds + 1):
+        for client in choose_clients(config.federation, len(clients), config.run.seed, round):
+            if client not in saver.place.done + saver.place.skipped:
+                setting = (config, engine, clients[client], run, saver, pad_id, log)
+                saver.attempt(client, partial(train, *setting), log)
+        done, skipped = saver.place.done, saver.place.skipped
+        updates = [read_update(run.client(round, client)) for client in done]
         weights = client_weights(config.federation, updates)
-        state, report = server.aggregate_round(config, engine, targets, chosen, weights, run, state)
+        state, report = server.aggregate_round(
+            config, engine, targets, done, weights, run, state, skipped=skipped
+        )
         server.show(engine, run, state)
         log("round", round=round, **report.summary(config.aggregate))
+        saver.save(Place(state=state))
         evaluate(round)
     return state
+
+
+def train(
+    config: Config,
+    engine: Engine,
+    examples: Examples,
+    run: RunDir,
+    saver: Saver,
+    pad_id: int,
+    log: Callable[..., None],
+    begin: ClientProgress,
+) -> ClientUpdate:
+    """Train one client of the round from where it is, and write its adapter."""
+    state, client = saver.place.state, begin.client
+    round = state.round + 1
+    update = train_client(
+        engine,
+        examples,
+        saver.adapter() if begin.step else start_of(config, engine, run, round, client),
+        config.train,
+        seed=config.run.seed,
+        round=round,
+        client=client,
+        side=state.has_side,
+        pad_id=pad_id,
+        begin=begin,
+        restore=saver.restore,
+        on_step=lambda fields: log("step", **fields),
+        save=saver.after_step,
+    )
+    write_client(engine, update, run.client(round, client), config.lora, config.model.path)
+    return update
 
 
 def choose_clients(
@@ -90,7 +121,13 @@ def choose_clients(
 
 
 def client_weights(section: FederationSection, updates: Sequence[ClientUpdate]) -> list[float]:
-    """Return w_k, summing to 1: shares of the examples, or all alike."""
+    """Return w_k, summing to 1: shares of the examples, or all alike.
+
+    Raises:
+        UserError: every client of the round failed.
+    """
+    if not updates:
+        raise UserError("federation: every client of the round failed; lower train.learning_rate")
     uniform = section.weights == "uniform"
     shares = [1 if uniform else update.num_examples for update in updates]
     return [share / sum(shares) for share in shares]

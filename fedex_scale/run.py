@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import distributed, evaluation, models
+from fedex_scale import distributed, evaluation, faults, models
 from fedex_scale.aggregator import default_side_rank
+from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
 from fedex_scale.config import Config, load_config, to_dict
 from fedex_scale.data.batching import Examples
@@ -22,9 +26,11 @@ from fedex_scale.data.sources import load_rows, schema_of
 from fedex_scale.engine import Engine, build_engine
 from fedex_scale.errors import UserError
 from fedex_scale.export import write_final
+from fedex_scale.faults import disk_errors
 from fedex_scale.methods import METHODS
 from fedex_scale.progress import Monitor, open_trackers
 from fedex_scale.rounds import choose_clients, run_rounds
+from fedex_scale.saves import Found, Saver, find
 from fedex_scale.state import RunDir, derive_seed
 
 
@@ -37,14 +43,25 @@ def run_config(path: str | Path, overrides: Sequence[str]) -> None:
     """
     config = load_config(path, overrides)
     distributed.join_group(required=config.engine.deepspeed is not None)
+    faults.watch_peers()
+    with faults.handling_signals():
+        _run_or_resume(config)
+
+
+def _run_or_resume(config: Config) -> None:
     run = RunDir(config.run.path)
-    distributed.on_main(lambda: check_directory(config))
+    found = distributed.on_main(lambda: check_directory(config))
+    if found.checkpoint is not None and found.checkpoint.place.finished:
+        _tell(f"{run.path}: this run is finished; nothing to do")
+        return
     distributed.together(lambda: evaluation.check_tasks(config.evaluation))
     tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
     clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
     engine = distributed.together(lambda: engine_for(config, len(clients)))
-    distributed.on_main(lambda: make_directory(config, run, partition))
-    _run(config, engine, tokenizer, clients, run)
+    distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
+    for note in found.notes:
+        _tell(note)
+    _run(config, engine, tokenizer, clients, run, found.checkpoint)
 
 
 def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:
@@ -56,6 +73,7 @@ def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     parts = split(rows, config.partition, derive_seed(seed, "partition"))
     report = describe(parts, rows, config.partition.column)
     report |= {"truncated": examples.num_truncated, "dropped": examples.num_dropped}
+    report["sha256"] = digest_of(examples)
     if METHODS[config.method.name].one_client:
         parts = [sorted(index for part in parts for index in part)]
     return [examples.select(part) for part in parts], report
@@ -85,12 +103,27 @@ def engine_for(config: Config, num_clients: int) -> Engine:
     )
 
 
-def check_directory(config: Config) -> None:
-    """Raise a UserError where the run directory is in use or cannot be written."""
+def digest_of(examples: Examples) -> str:
+    """Return the SHA-256 of the tokens: other data, or another tokenizer, is another run."""
+    digest = hashlib.sha256()
+    for array in (examples.tokens, examples.lengths, examples.prompt_lengths):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def check_directory(config: Config) -> Found:
+    """Return where to go on from, if the run is to resume one that is there.
+
+    Raises:
+        UserError: the run directory is in use, cannot be gone on from, or cannot be written.
+    """
     path = config.run.path
+    if path.exists() and config.run.resume == "auto":
+        return find(config, RunDir(path))
     if path.exists() and not config.run.overwrite:
         raise UserError(
-            f"run.name: {path} exists; choose another run.name, or run.overwrite=true to delete it"
+            f"run.name: {path} exists; --resume to go on with it, choose another run.name, or "
+            "run.overwrite=true to delete it"
         )
     parent = path.parent
     try:
@@ -102,16 +135,34 @@ def check_directory(config: Config) -> None:
         raise UserError(
             f"run.dir: cannot write to {parent} ({error.strerror}); choose another run.dir"
         ) from None
+    return Found(None, ())
 
 
-def make_directory(config: Config, run: RunDir, partition: dict) -> None:
+def prepare_directory(
+    config: Config, run: RunDir, partition: dict, last: Checkpoint | None
+) -> None:
+    """Make the run directory, or take it back to the checkpoint to go on from."""
+    with disk_errors(str(run.path)):
+        text = json.dumps(partition, indent=2) + "\n"
+        if last is None:
+            make_directory(config, run, text)
+        elif (run.path / "partition.json").read_text() != text:
+            raise UserError(
+                f"resume: {run.path}: the data are others than those it was begun with; bring "
+                "them back, or choose another run.name"
+            )
+        else:
+            rewind(run, last)
+
+
+def make_directory(config: Config, run: RunDir, partition: str) -> None:
     """Make the run directory, with what was decided before the first step."""
     if run.path.exists():
         shutil.rmtree(run.path)
     run.path.mkdir(parents=True)
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
     (run.path / "config.yaml").write_text(text, encoding="utf-8")
-    (run.path / "partition.json").write_text(json.dumps(partition, indent=2) + "\n")
+    (run.path / "partition.json").write_text(partition)
 
 
 def _run(
@@ -120,6 +171,7 @@ def _run(
     tokenizer: PreTrainedTokenizerBase,
     clients: list[Examples],
     run: RunDir,
+    last: Checkpoint | None,
 ) -> None:
     rounds, seed = config.federation.rounds, config.run.seed
     total = sum(
@@ -127,12 +179,13 @@ def _run(
         for round in range(1, rounds + 1)
         for client in choose_clients(config.federation, len(clients), seed, round)
     )
+    saver = Saver(config, engine, run, last)
     trackers = open_trackers(config.run.trackers, run.path, to_dict(config))
-    with Monitor(run.path / "metrics.jsonl", total_steps=total, trackers=trackers) as monitor:
+    with Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor:
         monitor.say(_intro(config, engine, clients))
 
         def evaluate(round: int) -> None:
-            if config.evaluation.due(round, rounds):
+            if config.evaluation.due(round, rounds) and not saver.place.evaluated:
                 began = time.perf_counter()
                 results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
                 evaluation.write_results(results, run.evaluation(round))
@@ -140,13 +193,20 @@ def _run(
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
                 for warning in evaluation.warnings(results):
                     monitor.say(f"warning: {warning}")
+                saver.save(replace(saver.place, evaluated=True))
 
         pad_id = tokenizer.pad_token_id
         state = run_rounds(
-            config, engine, clients, run, pad_id=pad_id, evaluate=evaluate, log=monitor.log
+            config, engine, clients, run, saver, pad_id=pad_id, evaluate=evaluate, log=monitor.log
         )
         written = write_final(config, engine, run, state)
+        saver.save(replace(saver.place, finished=True))
         monitor.close({"run": run.path, **written})
+
+
+def _tell(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
 
 
 def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:

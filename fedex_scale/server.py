@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,6 +28,8 @@ from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.methods import fresh_pair
 from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
+
+REPORT_FILE = "aggregate.json"
 
 
 def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
@@ -59,6 +62,23 @@ def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
     distributed.barrier()
 
 
+def refold(
+    config: Config, engine: Engine, targets: Mapping[str, Target], run: RunDir, state: ServerState
+) -> None:
+    """Change a fresh engine's base as the rounds before `state` did; every rank must take part.
+
+    Aggregates their clients' adapters once more, into the base alone: the same sums in the same
+    order, whatever the ranks, so that base and carry come out as they were, bit for bit.
+    """
+    if not state.base_changed:
+        return
+    past = ServerState()
+    while past.round < state.round:
+        taken = json.loads((run.server(past.round + 1) / REPORT_FILE).read_text())
+        clients, weights = taken["clients"], taken["weights"]
+        past, _ = aggregate_round(config, engine, targets, clients, weights, run, past, write=False)
+
+
 def show(engine: Engine, run: RunDir, state: ServerState) -> None:
     """Let the engine hold the server's model: its adapter, and the side adapter if there is one."""
     if state.has_side:
@@ -74,6 +94,9 @@ def aggregate_round(
     weights: Sequence[float],
     run: RunDir,
     state: ServerState,
+    *,
+    skipped: Sequence[int] = (),
+    write: bool = True,
 ) -> tuple[ServerState, AggregateReport]:
     """Aggregate the clients' adapters of one round, and fold; every rank must take part.
 
@@ -81,6 +104,8 @@ def aggregate_round(
         targets: the base weights on this rank, which a fold changes in place.
         clients: the clients of the round; their adapters are in the run directory.
         weights: w_k, summing to 1.
+        skipped: clients that failed and are left out, for the record.
+        write: write the results; not where the base alone is to be changed again.
 
     Returns:
         The new state, and what was done. The factors are in the run directory.
@@ -99,7 +124,7 @@ def aggregate_round(
     )
     with ExitStack() as stack:
         sinks = Sinks()
-        if distributed.is_main():
+        if write and distributed.is_main():
             sinks = _open_sinks(config, engine, run.server(number), update_rank, side_rank, stack)
         report = aggregate(
             task,
@@ -110,12 +135,17 @@ def aggregate_round(
             seed=lambda layer: derive_seed(config.run.seed, "fresh", number, layer),
             side_dtype=engine.side_dtype,
         )
-    if distributed.is_main():
-        text = json.dumps(report.as_dict(), indent=2) + "\n"
-        (run.server(number) / "aggregate.json").write_text(text)
+    keeps_side = state.has_side and not side_rank
+    if write and distributed.is_main():
+        if keeps_side:
+            shutil.copytree(run.side(state.round), run.side(number))
+        taken = {"clients": [*clients], "weights": [*weights], "skipped": [*skipped]}
+        text = json.dumps(taken | report.as_dict(), indent=2) + "\n"
+        (run.server(number) / REPORT_FILE).write_text(text)
     distributed.barrier()
     changed = state.base_changed or report.base_changed
-    return ServerState(round=number, has_side=side_rank > 0, base_changed=changed), report
+    has_side = side_rank > 0 or keeps_side
+    return ServerState(round=number, has_side=has_side, base_changed=changed), report
 
 
 def _open_sinks(

@@ -1,0 +1,221 @@
+"""When a run saves its place, and where one that was interrupted goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedex_scale import checkpoint, distributed, faults
+from fedex_scale.adapters import Adapter
+from fedex_scale.checkpoint import Checkpoint
+from fedex_scale.client import ClientUpdate, write_adapter
+from fedex_scale.config import Config, to_dict
+from fedex_scale.engine import Engine, Source
+from fedex_scale.errors import ClientFailure, UserError
+from fedex_scale.snapshot import read_snapshot, snapshot_bytes, write_snapshot
+from fedex_scale.state import ClientProgress, Place, RunDir
+
+# What may change between a run and its resumption: nothing in the result depends on it ...
+FREE = frozenset(
+    "run.name run.dir run.overwrite run.resume run.keep run.save_steps run.trackers "
+    "federation.on_client_failure evaluation.batch_size".split()
+)
+# ... or rounding alone does; a running client then starts over.
+ROUNDING = frozenset(
+    "train.micro_batch_size model.gradient_checkpointing engine.deepspeed engine.nvme_path".split()
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a run goes on, and what to tell the user of it."""
+
+    checkpoint: Checkpoint | None
+    notes: tuple[str, ...]
+
+
+def find(config: Config, run: RunDir) -> Found:
+    """Return the place to go on from in an existing run directory; none: start anew.
+
+    Raises:
+        UserError: nothing there can be gone on from, or the config is another one.
+    """
+    found, problems = checkpoint.newest(run)
+    notes = [f"{problem}; taking the checkpoint before it" for problem in problems]
+    if found is None:
+        untouched = not problems and not (run.path / "clients").exists()
+        is_run = (run.path / "config.yaml").is_file()
+        if config.run.overwrite or (untouched and is_run):
+            return Found(None, (f"{run.path}: no checkpoint to go on from; starting anew",))
+        raise UserError(
+            f"{problems[0] if problems else run.path}: no checkpoint to go on from; choose another "
+            "run.name, or run.overwrite=true to start anew"
+        )
+    changed = differences(found.config, to_dict(config)) - FREE
+    if changed - ROUNDING:
+        raise UserError(
+            f"resume: {run.path} was run with other settings: {', '.join(sorted(changed))}; set "
+            "them back, or choose another run.name"
+        )
+    size = distributed.world_size()
+    if size != found.world_size:
+        changed |= {f"{found.world_size} ranks, now {size}"}
+    where = found.place
+    if changed:
+        notes.append(f"changed: {', '.join(sorted(changed))}; results may differ by rounding")
+        if found.place.running is not None:
+            notes.append(f"client {found.place.running.client} starts over")
+        found = found.without_running()
+    notes.append(f"going on from checkpoint {found.number}: {where}")
+    return Found(found, tuple(notes))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:
+    """Return the keys, as section.key, whose values differ."""
+    changed = set()
+    for key in old.keys() | new.keys():
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, dict) and isinstance(other, dict) and not prefix:
+            changed |= differences(one, other, f"{key}.")
+        elif one != other:
+            changed.add(prefix + key)
+    return changed
+
+
+class Saver:
+    """Writes the checkpoints of one run; every rank must take part in each.
+
+    Attributes:
+        place: the last one that was saved; None at the beginning.
+    """
+
+    def __init__(self, config: Config, engine: Engine, run: RunDir, last: Checkpoint | None):
+        self._config, self._engine, self._run, self._last = config, engine, run, last
+        self.place = last.place if last else None
+
+    def save(self, place: Place) -> None:
+        """Write a checkpoint of this place.
+
+        Raises:
+            UserError: the disk is full, or cannot be written; the one before stays.
+        """
+        number = self._last.number + 1 if self._last else 0
+        scratch = self._run.checkpoints / f".{number:06d}"
+        size = self._size() if place.running else 0
+        distributed.on_main(lambda: self._begin(scratch, size))
+        if place.running is not None:
+            with faults.disk_errors(str(scratch)):
+                config = self._config
+                write_adapter(
+                    self._engine, scratch / "adapter", config.lora, config.model.path, who="client"
+                )
+            distributed.together(lambda: self._write_snapshot(scratch))
+        self._last = distributed.on_main(lambda: self._publish(scratch, number, place))
+        self.place = place
+
+    def attempt(
+        self,
+        client: int,
+        train: Callable[[ClientProgress], ClientUpdate],
+        log: Callable[..., None],
+    ) -> None:
+        """Train a client from where it is, and save; if it fails, do as the config says.
+
+        Raises:
+            ClientFailure: it failed, and the run is to stop, or it failed twice.
+        """
+        place = self.place
+        begin = place.running or ClientProgress(client=client)
+        action = self._config.federation.on_client_failure
+        failed = {"round": place.state.round + 1, "client": client, "action": action}
+        try:
+            update = train(begin)
+        except ClientFailure as failure:
+            if action == "stop" or begin.attempt:
+                raise
+            log("failure", reason=str(failure), **failed)
+            if action == "skip":
+                self.save(replace(place, skipped=(*place.skipped, client), running=None))
+                return
+            update = train(ClientProgress(client=client, attempt=1))
+        log("client", **vars(update))
+        self.save(replace(place, done=(*place.done, client), running=None))
+
+    def after_step(self, progress: ClientProgress) -> None:
+        """Write a checkpoint of the running client if one is due, or if the run is to stop.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        every = self._config.run.save_steps
+        number = faults.asked_to_stop()
+        if number or (every and progress.step % every == 0):
+            self.save(replace(self.place, running=progress))
+        if number:
+            raise faults.Stopped(number, f"in {self.place}")
+
+    def adapter(self) -> Source:
+        """Return the running client's adapter, by layer."""
+        return Adapter(self._run.checkpoint(self._last.number) / "adapter").pair
+
+    def restore(self) -> None:
+        """Set the running client's moments and random states on this rank."""
+        folder = self._run.checkpoint(self._last.number)
+        read_snapshot(self._engine, folder / _snapshot_name())
+
+    def check_room(self, num_bytes: int, what: str) -> None:
+        """Raise a UserError on every rank where the disk has no room for what comes."""
+        distributed.on_main(lambda: self._check_room(num_bytes, what))
+
+    def _size(self) -> int:
+        """Return the bytes that a checkpoint of a running client takes."""
+        ranks = distributed.sum_over_ranks(snapshot_bytes(self._engine))[0]
+        return int(ranks) + adapter_bytes(self._config, self._engine)
+
+    def _check_room(self, num_bytes: int, what: str) -> None:
+        free = shutil.disk_usage(self._run.path).free
+        if num_bytes > free:
+            raise UserError(
+                f"{self._run.path}: {what}: expected {num_bytes / 1e9:.3f} GB of room, got "
+                f"{free / 1e9:.3f} GB; free some space, and the same command with --resume goes on"
+            )
+
+    def _begin(self, scratch, num_bytes: int) -> None:
+        self._check_room(num_bytes + 2**16, "a checkpoint")
+        with faults.disk_errors(str(scratch)):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def _write_snapshot(self, scratch) -> None:
+        with faults.disk_errors(str(scratch)):
+            write_snapshot(self._engine, scratch / _snapshot_name())
+
+    def _publish(self, scratch, number: int, place: Place) -> Checkpoint:
+        last, run = self._last, self._run
+        length = run.metrics.stat().st_size if run.metrics.exists() else 0
+        if run.metrics.exists():
+            checkpoint.sync(run.metrics)
+        begun = place.running is not None and last is not None
+        new = Checkpoint(
+            number=number,
+            place=place,
+            config=to_dict(self._config),
+            world_size=distributed.world_size(),
+            metrics_bytes=length,
+            boundary_bytes=last.boundary_bytes if begun else length,
+        )
+        with faults.disk_errors(str(scratch)):
+            new = checkpoint.publish(run, scratch, new, last.files if last else {})
+            checkpoint.prune(run, new, keep=self._config.run.keep)
+        return new
+
+
+def adapter_bytes(config: Config, engine: Engine) -> int:
+    """Return the bytes of one adapter's weights on disk, float32."""
+    return 4 * config.lora.rank * sum(sum(shape) for shape in engine.shapes().values())
+
+
+def _snapshot_name() -> str:
+    return f"rank-{distributed.rank():04d}.safetensors"
