@@ -1,6 +1,6 @@
 """kill -9 at any moment: the run goes on and ends bit-equal to one that was left alone.
 
-benchmarks/reliability.py does the same at many more moments.
+`python tests/faults/kills.py` does the same at as many moments as one likes.
 """
 
 from __future__ import annotations
