@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,8 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(list(arguments) if arguments is not None else None)
     except SystemExit as ended:
         code = ended.code
-        if hasattr(ended, "message"):
-            _tell(ended.message)
+        if hasattr(ended, "message"):  # a signal, perhaps as another rank is gone
+            from fedex_scale import faults
+
+            gone = faults.dead_peer()
+            _tell_of_fault(gone) if gone else _tell(ended.message)
     except UserError as error:
         _tell(f"error: {error}")
         code = 2
@@ -130,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reason = faults.explain(error)
         if reason is None:
             raise
-        if faults.is_speaker():
-            print(f"error: {reason}", file=sys.stderr)
+        _tell_of_fault(reason)
         code = 1
     if "torch" not in sys.modules:
         sys.exit(code)
@@ -146,6 +149,16 @@ def _tell(line: str) -> None:
 
     if distributed.is_main():
         print(line, file=sys.stderr)
+
+
+def _tell_of_fault(reason: str) -> None:
+    """Print a line once, whichever rank is left to do so."""
+    from fedex_scale import distributed, faults
+
+    if faults.is_speaker():
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    if distributed.world_size() > 1:
+        time.sleep(1)  # stay while the others look who is left
 
 
 def _set_up_libraries() -> None:

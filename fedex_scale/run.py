@@ -156,13 +156,18 @@ def prepare_directory(
 
 
 def make_directory(config: Config, run: RunDir, partition: str) -> None:
-    """Make the run directory, with what was decided before the first step."""
-    if run.path.exists():
-        shutil.rmtree(run.path)
-    run.path.mkdir(parents=True)
+    """Make the run directory, with what was decided before the first step, at one stroke."""
+    new, old = (run.path.with_name(f".{run.path.name}.{word}") for word in ("new", "old"))
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
+    new.mkdir(parents=True)
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    (run.path / "config.yaml").write_text(text, encoding="utf-8")
-    (run.path / "partition.json").write_text(partition)
+    (new / "config.yaml").write_text(text, encoding="utf-8")
+    (new / "partition.json").write_text(partition)
+    if run.path.exists():
+        run.path.rename(old)
+    new.rename(run.path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _run(

@@ -63,13 +63,12 @@ def find(config: Config, run: RunDir) -> Found:
     size = distributed.world_size()
     if size != found.world_size:
         changed |= {f"{found.world_size} ranks, now {size}"}
-    where = found.place
     if changed:
         notes.append(f"changed: {', '.join(sorted(changed))}; results may differ by rounding")
         if found.place.running is not None:
             notes.append(f"client {found.place.running.client} starts over")
         found = found.without_running()
-    notes.append(f"going on from checkpoint {found.number}: {where}")
+    notes.append(f"going on from checkpoint {found.number}: {found.place}")
     return Found(found, tuple(notes))
 
 
