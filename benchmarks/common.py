@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import statistics
 import sys
@@ -81,6 +82,9 @@ def start(doc: str, benchmark: Callable[[argparse.Namespace], None], **options: 
     for name, keywords in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     args = parser.parse_args()
+    if "GOMP_SPINCOUNT" not in os.environ:  # as the program does; read when torch is loaded
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     try:
         benchmark(args)
     except UserError as error:

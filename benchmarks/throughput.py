@@ -112,7 +112,7 @@ def train_ours(
         train_client(
             engine,
             examples,
-            begin.__getitem__,
+            lambda layer, into: begin[layer],
             TRAIN,
             seed=SEED,
             round=1,

@@ -88,10 +88,23 @@ class Adapter:
         varies = bool(self.config.get("rank_pattern"))
         self.rank: int = max(map(self.rank_of, self.layers)) if varies else self.config["r"]
 
-    def pair(self, layer: str) -> Pair:
-        """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
+    def pair(self, layer: str, into: Pair | None = None) -> Pair:
+        """Return A (R, I) and B (O, R) of one layer, in the dtype of the file.
+
+        Args:
+            into: contiguous tensors on the CPU to read into, if shapes and dtype are the file's.
+        """
         self.shapes(layer)
-        return Pair(*(self.file.read(_key(layer, name)) for name in "AB"))
+        keys = [_key(layer, name) for name in "AB"]
+        for key, out in zip(keys, into or (), strict=False):
+            entry = self.file.entries[key]
+            if (entry.dtype, entry.shape) != (out.dtype, tuple(out.shape)):
+                into = None
+        if into is None:
+            return Pair(*map(self.file.read, keys))
+        for key, out in zip(keys, into, strict=True):
+            self.file.read(key, out.view(-1).view(torch.uint8))
+        return into
 
     def shapes(self, layer: str) -> tuple[int, int]:
         """Return (O, I) of one layer without reading its tensors."""

@@ -15,9 +15,15 @@ import transformers
 
 from fedex_scale import distributed, faults
 from fedex_scale.adapters import AdapterWriter, LoraSection
-from fedex_scale.algebra import Pair
 from fedex_scale.data.batching import Examples, collate, plan_steps, shard
-from fedex_scale.engine import OPTIMIZERS, Engine, read_pairs, reset_for_client, train_step
+from fedex_scale.engine import (
+    OPTIMIZERS,
+    Engine,
+    Source,
+    read_pairs,
+    reset_for_client,
+    train_step,
+)
 from fedex_scale.errors import ClientFailure, UserError
 from fedex_scale.state import ClientProgress, derive_seed
 
@@ -105,7 +111,7 @@ def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
 def train_client(
     engine: Engine,
     examples: Examples,
-    start: Callable[[str], Pair],
+    start: Source,
     section: TrainSection,
     *,
     seed: int,

@@ -22,6 +22,8 @@ from fedex_scale.models import CLIENT, SIDE, ModelSection
 from fedex_scale.weights import Target
 
 OPTIMIZERS = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Source = Callable[[str, Pair | None], Pair]
+"""Gives a layer's factors; it may put them into the memory that it is shown, and answer that."""
 
 
 @dataclass(kw_only=True)
@@ -115,27 +117,27 @@ def build_engine(
     )
 
 
-def set_adapter(engine: Engine, pair_of: Callable[[str], Pair], *, side: bool) -> None:
+def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
     """Let the engine hold an adapter: every factor, frozen ones and float32 masters included.
 
     Args:
-        pair_of: the factors by layer.
+        source: the factors by layer.
         side: whether the side adapter holds anything, and so takes part.
     """
     _release(engine)
     if side != (SIDE in engine.model.active_adapters):  # a walk over all modules costs as a read
         models.activate(engine.model, trains=engine.trains, side=side)
     for name, layer in engine.layers.items():
-        _write_pair(layer, pair_of(name), CLIENT)
+        _write_pair(layer, CLIENT, lambda into, name=name: source(name, into))
 
 
-def reset_for_client(engine: Engine, pair_of: Callable[[str], Pair], *, side: bool) -> None:
+def reset_for_client(engine: Engine, source: Source, *, side: bool) -> None:
     """Make the engine as if just built, with the given adapter: nothing of earlier clients stays.
 
     Drops the optimizer's moments and step counts as well. The learning rate is a function of the
     step and randomness is seeded by the client (client.py), so nothing else is left to reset.
     """
-    set_adapter(engine, pair_of, side=side)
+    set_adapter(engine, source, side=side)
     # Optimizers initialise a parameter's state at its first step if there is none.
     engine.optimizer.state.clear()
     (engine.deepspeed or engine).optimizer.zero_grad()
@@ -183,11 +185,11 @@ def read_pairs(engine: Engine) -> Iterator[tuple[str, Pair]]:
         yield name, Pair(_full_float32(A), _full_float32(B))
 
 
-def set_side(engine: Engine, pair_of: Callable[[str], Pair]) -> None:
+def set_side(engine: Engine, source: Source) -> None:
     """Set the side adapter on this rank; it counts once `set_adapter` is told so."""
     _release(engine)
     for name, layer in engine.layers.items():
-        _write_pair(layer, pair_of(name), SIDE)
+        _write_pair(layer, SIDE, lambda into, name=name: source(name, into))
 
 
 def fold_targets(engine: Engine) -> dict[str, Target]:
@@ -276,9 +278,20 @@ def _plain_step(engine: Engine) -> None:
     engine.optimizer.zero_grad(set_to_none=True)
 
 
-def _write_pair(layer: LoraLayer, pair: Pair, adapter: str) -> None:
-    _write(layer.lora_A[adapter].weight, pair.A_RI)
-    _write(layer.lora_B[adapter].weight, pair.B_OR)
+def _write_pair(layer: LoraLayer, adapter: str, give: Callable[[Pair | None], Pair]) -> None:
+    here = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
+    direct = all(_is_plain(parameter) for parameter in here)
+    into = Pair(*(parameter.data for parameter in here)) if direct else None
+    pair = give(into)
+    if into is None or pair is not into:
+        for parameter, value in zip(here, pair, strict=True):
+            _write(parameter, value)
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is all that there is of it, and in ordinary memory."""
+    managed = hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")
+    return not managed and parameter.device.type == "cpu" and parameter.is_contiguous()
 
 
 def _release(engine: Engine) -> None:

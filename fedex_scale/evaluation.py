@@ -5,24 +5,31 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale import distributed
+from fedex_scale.data.sources import cause_of
 from fedex_scale.errors import UserError
+from fedex_scale.spread import is_partitioned, spread_requests
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 TASKS_DIR = Path(__file__).parents[1] / "eval" / "tasks"
+BOOTSTRAPS = 1000  # for standard errors that have no formula; a mean's has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +37,29 @@ class EvaluationSection:
     """What is scored, and when."""
 
     tasks: tuple[str, ...] = ()
-    """lm-eval tasks: this project's (eval/tasks) or stock ones; none: no scoring."""
+    """lm-eval tasks and groups: this project's (eval/tasks) or stock ones; none: no scoring."""
     data: dict | None = None
     """Task name -> local .json or .jsonl file to score on, in place of the hub's data."""
+    data_dir: str | None = None
+    """Where test sets lie as in docs/evaluation.md; none: the variable FEDEX_SCALE_DATA."""
     limit: int | None = None
     """Score the first so many examples of each task; none: all."""
     before: bool = True
     """Score before the first round, too."""
     every_rounds: int | None = None
     """Score after every so many rounds; none: after the last only."""
-    batch_size: int = 16
-    """Prompts generated at once."""
+    batch_size: int | Literal["auto"] = 16
+    """Prompts generated at once; auto: as many as fit."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "every_rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"evaluation.{name}: expected at least 1 or none, got {value}")
-        if self.batch_size < 1:
+        if self.batch_size != "auto" and self.batch_size < 1:
             raise UserError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise UserError(f"evaluation.data_dir: no directory {self.data_dir}; correct the path")
 
     def due(self, round: int, rounds: int) -> bool:
         """Return whether the model is scored after `round` of `rounds` (0: before the first)."""
@@ -60,20 +71,27 @@ class EvaluationSection:
 
 
 def check_tasks(section: EvaluationSection) -> None:
-    """Raise a UserError for an unknown task or missing data, before anything is trained."""
+    """Raise a UserError for an unknown task or missing data, before anything is generated."""
     if not section.tasks:
         return
-    known = _task_manager(section.tasks).all_tasks
-    for task in section.tasks:
-        if task not in known:
-            near = difflib.get_close_matches(task, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see eval/tasks"
-            raise UserError(f"evaluation.tasks: unknown task {task}; {hint}")
     for task, file in (section.data or {}).items():
-        if task not in section.tasks:
-            raise UserError(f"evaluation.data: {task} is not among evaluation.tasks")
         if not Path(file).is_file():
             raise UserError(f"evaluation.data: {task}: no file {file}; correct the path")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _task_manager(section)
+    for name in section.tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see eval/tasks"
+            raise UserError(f"evaluation.tasks: unknown task {name}; {hint}")
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = [x for name in section.tasks for x in _load(name, section, manager, Path(scratch))]
+    for task in loaded:
+        if loaded.count(task) > 1:
+            raise UserError(f"evaluation.tasks: {task} is there twice, alone or in a group")
+    for task in section.data or {}:
+        if task not in loaded:
+            raise UserError(f"evaluation.data: {task} is not among evaluation.tasks")
 
 
 def evaluate(
@@ -81,26 +99,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return lm-eval's results on rank 0, nothing elsewhere; every rank must take part.
 
-    Every rank scores every example, so that under ZeRO-3 all ranks gather the same layers at the
-    same time. Random state and training mode are left as they were.
+    Each example is answered on one rank. Random state and training mode are left as they were.
+
+    Raises:
+        UserError: settings that cannot work together.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    if section.batch_size == "auto" and distributed.world_size() > 1 and is_partitioned(model):
+        raise UserError(
+            "evaluation.batch_size: auto cannot be tried out under ZeRO-3 on several ranks, "
+            "which would wait for each other; give a number"
+        )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
-        manager = _task_manager(section.tasks)
+    with _as_it_was(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=_wants_bos(model))
+        spread_requests(lm, section.batch_size)
+        manager = _task_manager(section)
         results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=section.batch_size),
-            tasks=[_task(name, section, manager, Path(scratch)) for name in section.tasks],
+            model=lm,
+            tasks=[_spec(name, section, manager, Path(scratch)) for name in section.tasks],
             task_manager=manager,
             limit=section.limit,
-            bootstrap_iters=0,
+            bootstrap_iters=BOOTSTRAPS,
         )
-    model.train(was_training)
-    return results or {}  # lm-eval answers on the first rank only
+    return results or {}  # lm-eval answers on the first rank of a machine only
 
 
 def write_results(results: dict[str, Any], directory: Path) -> None:
@@ -113,35 +137,101 @@ def write_results(results: dict[str, Any], directory: Path) -> None:
     with (directory / "samples.jsonl").open("w", encoding="utf-8") as file:
         for task, rows in samples.items():
             for row in rows:
-                file.write(json.dumps({"task": task, **row}, default=str) + "\n")
+                file.write(json.dumps(_sample(task, row), default=str) + "\n")
 
 
 def scores(results: dict[str, Any]) -> dict[str, float]:
-    """Return each task's metrics as `task/metric` -> value."""
+    """Return what is a mean over examples as `task/metric`, or `task/metric/filter`, -> value."""
     return {
-        f"{task}/{metric.split(',')[0]}": value
+        "/".join([task, *metric.removesuffix(",none").split(",")]): value
         for task, metrics in results.get("results", {}).items()
         for metric, value in metrics.items()
         if isinstance(value, float) and "stderr" not in metric
     }
 
 
-def _task(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> str:
-    """Return the task, or a YAML that includes it and reads the local file instead."""
-    file = (section.data or {}).get(name)
-    if file is None:
+def warnings(results: dict[str, Any]) -> list[str]:
+    """Return a line for each task some of whose rows have an answer that cannot be read."""
+    return [
+        f"{task}: the answers of {value} rows cannot be read; they count as wrong"
+        for task, metrics in results.get("results", {}).items()
+        for metric, value in metrics.items()
+        if metric.startswith("unparsed_gold,") and value and task in results["configs"]
+    ]
+
+
+def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return lm-eval's record of a sample in short: what was asked, written, read and judged."""
+    return {
+        "task": task,
+        "filter": row["filter"],
+        "doc_id": row["doc_id"],
+        "doc_hash": row["doc_hash"],
+        "prompt": row["arguments"][0][0],
+        "output": [output for outputs in row["resps"] for output in outputs],
+        "answer": row["filtered_resps"],
+        "target": row["target"],
+        "verdict": {metric: row[metric] for metric in row["metrics"]},
+    }
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Leave training mode and every random state as they are now."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    for module, training in modes:
+        module.training = training
+
+
+def _wants_bos(model: nn.Module) -> bool | None:
+    """Gemma fails without its begin token; other models get it if their tokenizer says so."""
+    return True if model.config.model_type.startswith("gemma") else None
+
+
+def _load(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> list[str]:
+    """Load a task or group with its rows, and return the names of its tasks."""
+    try:
+        return list(manager.load([_spec(name, section, manager, scratch)])["tasks"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub, or a task's own code, makes of missing rows
+        raise UserError(
+            f"task {name}: its rows cannot be had ({cause_of(error)}); check the network or the "
+            "hub's cache, or name a file in evaluation.data"
+        ) from None
+
+
+def _spec(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> str:
+    """Return the task's name, or a YAML that includes a stock task and reads the local file."""
+    file, entry = (section.data or {}).get(name), manager.task_index[name]
+    if file is None or not entry.yaml_path or entry.yaml_path.is_relative_to(TASKS_DIR):
         return name
+    split = next(filter(None, map(entry.cfg.get, ("test_split", "validation_split"))), "test")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {split: file}}}
     path = scratch / f"{name}.yaml"
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}}}
-    include = str(manager.task_index[name].yaml_path)
-    path.write_text(yaml.safe_dump({"include": include, "task": name, **data}))
+    include = {"include": str(entry.yaml_path), "task": name, "dataset_name": None}
+    path.write_text(yaml.safe_dump({**include, **data}))
     return str(path)
 
 
+def _task_manager(section: EvaluationSection) -> TaskManager:
+    """Return lm-eval's list of tasks, which tells ours where local rows lie."""
+    ours = all((TASKS_DIR / f"{task}.yaml").is_file() for task in section.tasks)
+    return _cached_manager(ours, json.dumps(section.data), section.data_dir)
+
+
 @cache
-def _task_manager(tasks: tuple[str, ...]) -> TaskManager:
-    """Return lm-eval's list of tasks; reading its thousands of stock ones takes seconds."""
+def _cached_manager(ours: bool, data: str, data_dir: str | None) -> TaskManager:
+    """Return the list; reading the thousands of stock ones takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    ours = all((TASKS_DIR / f"{task}.yaml").is_file() for task in tasks)
-    return TaskManager(include_path=str(TASKS_DIR), include_defaults=not ours)
+    return TaskManager(
+        include_path=str(TASKS_DIR),
+        include_defaults=not ours,
+        metadata={"data": json.loads(data), "data_dir": data_dir},
+    )

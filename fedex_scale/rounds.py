@@ -21,11 +21,10 @@ from functools import partial
 
 from fedex_scale import server
 from fedex_scale.adapters import Adapter
-from fedex_scale.algebra import Pair
 from fedex_scale.client import ClientUpdate, read_update, train_client, write_client
 from fedex_scale.config import Config, FederationSection
 from fedex_scale.data.batching import Examples
-from fedex_scale.engine import Engine, fold_targets
+from fedex_scale.engine import Engine, Source, fold_targets
 from fedex_scale.errors import UserError
 from fedex_scale.saves import Saver
 from fedex_scale.state import ClientProgress, Place, RunDir, ServerState, derive_seed
@@ -134,9 +133,7 @@ def client_weights(section: FederationSection, updates: Sequence[ClientUpdate]) 
     return [share / sum(shares) for share in shares]
 
 
-def start_of(
-    config: Config, engine: Engine, run: RunDir, round: int, client: int
-) -> Callable[[str], Pair]:
+def start_of(config: Config, engine: Engine, run: RunDir, round: int, client: int) -> Source:
     """Return what a client starts from, by layer: the server's adapter.
 
     With init: per_client, in the first round, a draw of its own, as in the paper's public code.

@@ -196,6 +196,8 @@ def _run(
                 evaluation.write_results(results, run.evaluation(round))
                 seconds = time.perf_counter() - began
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
+                for warning in evaluation.warnings(results):
+                    monitor.say(f"warning: {warning}")
                 saver.save(replace(saver.place, evaluated=True))
 
         pad_id = tokenizer.pad_token_id

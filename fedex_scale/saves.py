@@ -9,11 +9,10 @@ from typing import Any
 
 from fedex_scale import checkpoint, distributed, faults
 from fedex_scale.adapters import Adapter
-from fedex_scale.algebra import Pair
 from fedex_scale.checkpoint import Checkpoint
 from fedex_scale.client import ClientUpdate, write_adapter
 from fedex_scale.config import Config, to_dict
-from fedex_scale.engine import Engine
+from fedex_scale.engine import Engine, Source
 from fedex_scale.errors import ClientFailure, UserError
 from fedex_scale.snapshot import read_snapshot, snapshot_bytes, write_snapshot
 from fedex_scale.state import ClientProgress, Place, RunDir
@@ -156,7 +155,7 @@ class Saver:
         if number:
             raise faults.Stopped(number, f"in {self.place}")
 
-    def adapter(self) -> Callable[[str], Pair]:
+    def adapter(self) -> Source:
         """Return the running client's adapter, by layer."""
         return Adapter(self._run.checkpoint(self._last.number) / "adapter").pair
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from fedex_scale.aggregator import (
 from fedex_scale.algebra import Pair
 from fedex_scale.client import open_adapter
 from fedex_scale.config import Config
-from fedex_scale.engine import Engine, set_adapter, set_side
+from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.methods import fresh_pair
 from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
@@ -32,7 +32,7 @@ from fedex_scale.weights import Target
 REPORT_FILE = "aggregate.json"
 
 
-def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Callable[[str], Pair]:
+def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
     """Return a draw of the adapter by layer: PEFT's A, and B = 0, so that the model is the base's.
 
     Args:
@@ -41,7 +41,7 @@ def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Callable
     """
     shapes = engine.shapes()
 
-    def draw(layer: str) -> Pair:
+    def draw(layer: str, into: Pair | None = None) -> Pair:
         seed = derive_seed(config.run.seed, "init", *owner, layer)
         generator = torch.Generator().manual_seed(seed)
         num_out, num_in = shapes[layer]

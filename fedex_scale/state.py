@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,6 +125,11 @@ class RunDir:
     @property
     def final(self) -> Path:
         return self.path / "final"
+
+    def base_changed(self) -> bool:
+        """Tell whether a fold changed the base, as the rounds' reports say."""
+        reports = sorted(self.path.glob("server/round-*/aggregate.json"))
+        return any(json.loads(file.read_text())["base_changed"] for file in reports)
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -64,7 +64,7 @@ class SafetensorsReader:
             raise UserError(f"{path}: damaged ({error}); fetch or send the file again") from None
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """Return one whole tensor; in the memory of `out`, bytes, if given."""
+        """Return one whole tensor; in the memory of `out`, bytes on the CPU, if given."""
         entry = self.entries[name]
         return self._read(entry, entry.start, entry.end, out).view(entry.shape)
 

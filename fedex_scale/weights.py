@@ -2,29 +2,30 @@
 
 A fold adds the sum of U V over its pieces, in float32, to a stored matrix. Storage is a flat
 slice of a row-major (P, Q) matrix: the whole of a plain parameter, or this rank's shard under
-ZeRO-3, which may begin and end inside a row. Rows are computed in the same blocks whatever the
+ZeRO-3, which may begin and end inside a row. The sum is computed in the same blocks whatever the
 slice, aligned to the whole matrix, so that a sharded fold gives the same bits as an unsharded
-one: a rank computes at most two partial blocks too many, and no weight is gathered or sent.
+one: a rank computes a part of at most two rows of blocks too many, and no weight is gathered or
+sent.
 
 Legend: P, Q stored rows and columns; (P, Q) is (O, I) for nn.Linear and (I, O) for GPT-2's Conv1D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedex_scale.algebra import LowRank
 
-BLOCK_ENTRIES = 2**21
-"""Entries of the product computed at once; enough for a matrix product to run at full speed."""
-PART_ENTRIES = 2**19
-"""Entries added at once; few enough to stay in a CPU's cache from the first step to the last."""
-WIDE_BLOCK_ENTRIES = 2**23
+BLOCK_SIDES = {"cpu": 2**10, "cuda": 2**12}
+"""Rows and columns computed at once. CPU: enough for a matrix product at full speed, and few enough
+to stay in the cache from the first step to the last. GPU: enough that launches cost little."""
+STREAMED_ENTRIES = 2**23
 """Entries computed at once where the pieces come as a stream, which every block reads anew."""
 
 
@@ -94,42 +95,104 @@ def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats
 
 
 def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) -> FoldStats:
-    rows, columns = target.shape
-    streamed = not isinstance(pieces, Sequence)
-    step = max(1, (WIDE_BLOCK_ENTRIES if streamed else BLOCK_ENTRIES) // columns)
-    end = target.start + target.numel
     carry = carry and target.carries and flat.dtype != torch.float32
     if carry and target.carry is None:
         target.carry = torch.zeros_like(flat, dtype=torch.float32)
-    intended = missed = 0.0
-    buffer = flat.new_empty(min(step, rows), columns, dtype=torch.float32)
-    scratch = flat.new_empty(2, min(PART_ENTRIES, buffer.numel()), dtype=torch.float32)
-    for row in range(target.start // columns // step * step, -(-end // columns), step):
-        delta = _rows(pieces, slice(row, min(row + step, rows)), target.transposed, buffer)
-        offset = row * columns - target.start
-        low, high = max(0, -offset), min(delta.numel(), end - row * columns)
-        for first in range(low, high, PART_ENTRIES):
-            part = delta.view(-1)[first : min(first + PART_ENTRIES, high)]
-            place = slice(offset + first, offset + first + part.numel())
+    height, width = _block_shape(target, pieces)
+    memory = flat.new_empty(3, height * width, dtype=torch.float32)
+    sums = torch.zeros(2, dtype=torch.float64, device=flat.device)
+    stored = list(_rectangles(target.start, target.numel, target.shape[1]))
+    for block in _blocks(target.shape, height, width):
+        overlaps = [(place, _overlap(place, block)) for place in stored]
+        overlaps = [(place, common) for place, common in overlaps if common]
+        if not overlaps:
+            continue
+        product = _product(pieces, block, target.transposed, memory[0])
+        for place, common in overlaps:
+            delta = product[_within(common, block)]
+            part = _within(common, place)
             error = _add(
-                flat[place], part, target.carry[place] if carry else None, scratch[:, : len(part)]
+                _view(flat, place)[part],
+                delta,
+                _view(target.carry, place)[part] if carry else None,
+                memory[1:, : delta.numel()].view(2, *delta.shape),
             )
-            intended += float(torch.dot(part, part))
-            missed += float(torch.dot(error, error))
-    return FoldStats(intended, missed)
+            sums += torch.stack([_square(delta), _square(error)])
+    return FoldStats(*sums.tolist())
 
 
-def _rows(pieces: Iterable[LowRank], rows: slice, transposed: bool, buffer: Tensor) -> Tensor:
-    """Return the given stored rows of the pieces' sum, in `buffer`."""
-    out, beta = buffer[: rows.stop - rows.start], 0  # 0: what was there is dropped
+def _block_shape(target: Target, pieces: Iterable[LowRank]) -> tuple[int, int]:
+    rows, columns = target.shape
+    if not isinstance(pieces, Sequence):
+        return min(rows, max(1, STREAMED_ENTRIES // columns)), columns
+    side = BLOCK_SIDES.get(target.device.type, BLOCK_SIDES["cpu"])
+    return min(rows, side), min(columns, side)
+
+
+def _blocks(shape: tuple[int, int], height: int, width: int) -> Iterator[Rectangle]:
+    """Yield the blocks of a matrix, in reading order; those at the edges are smaller."""
+    rows, columns = shape
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            yield Rectangle(top, min(top + height, rows), left, min(left + width, columns))
+
+
+def _rectangles(start: int, numel: int, columns: int) -> Iterator[Rectangle]:
+    """Yield where a flat slice lies in its matrix: a row's end, whole rows, a row's begin."""
+    end = start + numel
+    while start < end:
+        row, column = divmod(start, columns)
+        if column or end - start < columns:
+            stop = min(end, (row + 1) * columns)
+            rectangle = Rectangle(row, row + 1, column, column + stop - start)
+        else:
+            stop = end // columns * columns
+            rectangle = Rectangle(row, end // columns, 0, columns)
+        yield rectangle._replace(at=numel - (end - start))
+        start = stop
+
+
+def _overlap(x: Rectangle, y: Rectangle) -> Rectangle | None:
+    common = Rectangle(
+        max(x.top, y.top), min(x.bottom, y.bottom), max(x.left, y.left), min(x.right, y.right)
+    )
+    return common if common.top < common.bottom and common.left < common.right else None
+
+
+def _within(part: Rectangle, whole: Rectangle) -> tuple[slice, slice]:
+    """Return the slices that cut `part` out of a matrix that holds `whole`."""
+    return (
+        slice(part.top - whole.top, part.bottom - whole.top),
+        slice(part.left - whole.left, part.right - whole.left),
+    )
+
+
+def _view(flat: Tensor, place: Rectangle) -> Tensor:
+    """Return the stored elements of a rectangle as a matrix."""
+    rows, columns = place.bottom - place.top, place.right - place.left
+    return flat[place.at : place.at + rows * columns].view(rows, columns)
+
+
+def _product(
+    pieces: Iterable[LowRank], block: Rectangle, transposed: bool, memory: Tensor
+) -> Tensor:
+    """Return the given block of the pieces' sum, in `memory`."""
+    rows, columns = slice(block.top, block.bottom), slice(block.left, block.right)
+    height, width = block.bottom - block.top, block.right - block.left
+    out, beta = memory[: height * width].view(height, width), 0  # 0: what was there is dropped
     for piece in pieces:
-        left, right = piece.U_OP[rows], piece.V_PI
+        left, right = piece.U_OP[rows], piece.V_PI[:, columns]
         if transposed:
-            left, right = piece.V_PI[:, rows].T, piece.U_OP.T
+            left, right = piece.V_PI[:, rows].T, piece.U_OP[columns].T
         torch.addmm(out, left, right, beta=beta, out=out)
         beta = 1
         del piece, left, right  # only then does a stream have one piece in memory
     return out
+
+
+def _square(x: Tensor) -> Tensor:
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat).double()
 
 
 def _add(here: Tensor, delta: Tensor, carry: Tensor | None, scratch: Tensor) -> Tensor:
@@ -140,12 +203,12 @@ def _add(here: Tensor, delta: Tensor, carry: Tensor | None, scratch: Tensor) -> 
     Where that would count, in a carry and in a float32 weight, delta is taken from the change.
 
     Args:
-        scratch: float32 memory to work in, two rows as long as the others.
+        scratch: float32 memory to work in, twice the others' shape.
     """
     before, after = scratch
     if carry is None and here.dtype != torch.float32:
         here.copy_(after.copy_(here).add_(delta))
-        return after.sub_(before.copy_(here))
+        return after.sub_(here)
     wanted = delta if carry is None else carry.add_(delta)
     before.copy_(here)
     here.copy_(torch.add(before, wanted, out=after))
@@ -153,3 +216,16 @@ def _add(here: Tensor, delta: Tensor, carry: Tensor | None, scratch: Tensor) -> 
     if carry is not None:
         carry += minus_change
     return minus_change.add_(delta)
+
+
+class Rectangle(NamedTuple):
+    """Rows `top` to `bottom` and columns `left` to `right` of a matrix.
+
+    Where it is stored, its elements begin at `at`, row after row.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    at: int = 0

@@ -1,14 +1,90 @@
-"""Prompt and answer rule for rows of MetaMathQA's schema (query, response)."""
+"""Prompts and answer rules of the mathematics tasks. Source: arXiv:2309.12284 (MetaMath).
 
-from fedex_scale.data.answers import correct_number
-from fedex_scale.data.prompts import MATH_PROMPT
+A filter reads the answer out of a generation, so that lm-eval's samples show it; a score compares
+it with the row's. A row whose own answer cannot be read counts as wrong, and is counted.
+"""
+
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+
+from fedex_scale.data.answers import correct_number, gold_number, paper_number
+from fedex_scale.data.latex import hendrycks_equal, last_boxed, marked_answer, symbolically_equal
+from fedex_scale.data.prompts import MATH_EVALUATION_PROMPT, MATH_PROMPT
+from fedex_scale.errors import UserError
+
+Responses = Iterable[list[str]]
+NO_ANSWER = "[invalid]"  # as lm-eval's own filters say it
 
 
-def prompt(row: dict) -> str:
+def word_problem_prompt(row: dict) -> str:
     return MATH_PROMPT.format(instruction=row["query"])
 
 
-def score(row: dict, outputs: list[str]) -> dict[str, float]:
-    """A generation counts if the number after its last `The answer is:` is the row's."""
-    given, gold = correct_number(outputs[0]), correct_number(row["response"])
-    return {"exact_match": float(given is not None and given == gold)}
+def word_problem_gold(row: dict) -> str | None:
+    return _text(correct_number(row["response"]))
+
+
+def gsm8k_prompt(row: dict) -> str:
+    return MATH_EVALUATION_PROMPT.format(instruction=row["question"])
+
+
+def gsm8k_gold(row: dict) -> str | None:
+    try:
+        return _text(gold_number(row["answer"]))
+    except UserError:
+        return None
+
+
+def math_prompt(row: dict) -> str:
+    return MATH_EVALUATION_PROMPT.format(instruction=row["problem"])
+
+
+def math_gold(row: dict) -> str | None:
+    return last_boxed(row["solution"])
+
+
+def by_paper_rule(responses: Responses, rows: list[dict]) -> list[str]:
+    return _first(responses, paper_number)
+
+
+def by_correct_rule(responses: Responses, rows: list[dict]) -> list[str]:
+    return _first(responses, correct_number)
+
+
+def after_marker(responses: Responses, rows: list[dict]) -> list[str]:
+    return _first(responses, marked_answer)
+
+
+def score_word_problem(row: dict, answers: list[str]) -> dict[str, float]:
+    return _equal(answers[0], word_problem_gold(row))
+
+
+def score_gsm8k(row: dict, answers: list[str]) -> dict[str, float]:
+    return _equal(answers[0], gsm8k_gold(row))
+
+
+def score_math(row: dict, answers: list[str]) -> dict[str, float]:
+    """exact_match is Hendrycks' equality, math_verify the symbolic one."""
+    answer, gold = answers[0], math_gold(row)
+    both = answer != NO_ANSWER and gold is not None
+    return {
+        "exact_match": float(both and hendrycks_equal(answer, gold)),
+        "math_verify": float(both and symbolically_equal(answer, gold)),
+        "unparsed_gold": int(gold is None),
+    }
+
+
+def _equal(answer: str, gold: str | None) -> dict[str, float]:
+    return {
+        "exact_match": float(gold is not None and answer == gold),
+        "unparsed_gold": int(gold is None),
+    }
+
+
+def _first(responses: Responses, rule: Callable[[str], object]) -> list[str]:
+    read = [_text(rule(outputs[0])) for outputs in responses]
+    return [NO_ANSWER if answer is None else answer for answer in read]
+
+
+def _text(value: str | int | Fraction | None) -> str | None:
+    return None if value is None else str(value)

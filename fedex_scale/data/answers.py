@@ -3,7 +3,7 @@
 Two rules for a number. `paper_number` is the one that the published scores were made with; it
 cuts `1,234,567` to 1234 and rounds. `correct_number` reads the number that stands there. A score
 says which of them it used.
-Source: the answer formats of MetaMathQA, GSM8K and LLM-Adapters.
+Source: the answer formats of MetaMathQA and GSM8K.
 """
 
 from __future__ import annotations
@@ -15,18 +15,6 @@ from fedex_scale.errors import UserError
 
 ANSWER_MARKER = "The answer is: "
 GOLD_MARKER = "#### "
-
-# The choices of each suite, as its prompts name them.
-SUITE_CHOICES = {
-    "boolq": "true|false",
-    "piqa": "solution1|solution2",
-    "social_i_qa": "answer[1-5]",
-    "hellaswag": "ending[1-4]",
-    "winogrande": "option1|option2",
-    "ARC-Easy": "answer[1-5]",
-    "ARC-Challenge": "answer[1-5]",
-    "openbookqa": "answer[1-5]",
-}
 
 _PAPER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _NUMBER = re.compile(
@@ -84,15 +72,3 @@ def gold_number(answer: str) -> int:
             f"GSM8K answer: expected it to end in '{GOLD_MARKER}N', got ...{answer[-40:]!r}; "
             "use rows of GSM8K's own format"
         ) from None
-
-
-def commonsense_choice(text: str, suite: str) -> str | None:
-    """Return the first choice that `text` names, such as answer2; None where there is none.
-
-    Raises:
-        UserError: no such suite.
-    """
-    if suite not in SUITE_CHOICES:
-        raise UserError(f"suite: expected one of {', '.join(SUITE_CHOICES)}, got {suite}")
-    match = re.search(SUITE_CHOICES[suite], text)
-    return match.group() if match else None

@@ -110,10 +110,10 @@ def _read(config: DataConfig) -> tuple[str, Dataset]:
     data_dir = config.data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if data_dir and config.local:
         source = str(Path(data_dir) / config.local)
-        return source, _read_files(source, "data.local")
+        return source, read_files(source, "data.local")
     if _is_hub_id(config.path):
         return config.path, _read_hub(config)
-    return config.path, _read_files(config.path, "data.path")
+    return config.path, read_files(config.path, "data.path")
 
 
 def _is_hub_id(path: str) -> bool:
@@ -122,7 +122,8 @@ def _is_hub_id(path: str) -> bool:
     return Path(path).is_dir() or (bool(named) and not Path(path).is_file())
 
 
-def _read_files(pattern: str, key: str) -> Dataset:
+def read_files(pattern: str, key: str) -> Dataset:
+    """Return all rows of the files; `key` is what the user would change."""
     builder = _BUILDERS.get(Path(pattern).suffix)
     if builder is None:
         raise UserError(
@@ -134,22 +135,22 @@ def _read_files(pattern: str, key: str) -> Dataset:
         raise UserError(f"{key}: expected a file, found none at {pattern}; correct the path")
     if not any(map(os.path.getsize, files)):
         raise UserError(f"{pattern}: expected at least one row, got none; name other data")
-    return _load(pattern, "look at the file", builder, data_files=files, split="train")
+    return load(pattern, "look at the file", builder, data_files=files, split="train")
 
 
 def _read_hub(config: DataConfig) -> Dataset:
     remedy = "check the name and the network, or name a local file"
     if config.local:
         remedy += f", or set data.data_dir to where {config.local} lies"
-    return _load(config.path, remedy, config.path, config.name, split=config.split)
+    return load(config.path, remedy, config.path, config.name, split=config.split)
 
 
-def _load(source: str, remedy: str, *args: Any, **kwargs: Any) -> Dataset:
+def load(source: str, remedy: str, *args: Any, **kwargs: Any) -> Dataset:
     """Call `load_dataset`; whatever it raises is about the user's data or network."""
     try:
         rows = load_dataset(*args, **kwargs)
     except Exception as error:
-        raise UserError(f"data: cannot load {source} ({_cause(error)}); {remedy}") from None
+        raise UserError(f"data: cannot load {source} ({cause_of(error)}); {remedy}") from None
     if len(rows) == 0:
         raise UserError(f"{source}: expected at least one row, got none; name other data")
     return rows
@@ -167,7 +168,7 @@ def _check_column(rows: Dataset, column: str, source: str, config: DataConfig) -
         raise UserError(f"{source}: column {column} is empty in {missing} rows; take them out")
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Return the first line of what went wrong at the root."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -20,6 +20,7 @@ from fedex_scale.client import TrainSection, train_client
 from fedex_scale.data.batching import Examples
 from fedex_scale.engine import (
     Engine,
+    Source,
     EngineSection,
     build_engine,
     fold_targets,
@@ -58,7 +59,7 @@ def main(model: str, deepspeed: str, clients: str, out: str) -> None:
     start = random_pairs(engine, RANK, seed=1)
     results = {"world_size": distributed.world_size()}
     results["clients"] = [train(engine, start, int(client)) for client in clients.split(",")]
-    set_adapter(engine, start.__getitem__, side=False)
+    set_adapter(engine, given(start), side=False)
     results["round_trip"] = all(
         torch.equal(a, b)
         for name, pair in read_pairs(engine)
@@ -81,6 +82,10 @@ def random_pairs(engine: Engine, rank: int, *, seed: int) -> dict[str, Pair]:
     return pairs
 
 
+def given(pairs: dict[str, Pair]) -> Source:
+    return lambda layer, into: pairs[layer]
+
+
 def train(engine: Engine, start: dict[str, Pair], client: int) -> dict:
     """Train one client on random tokens and return its losses and adapter."""
     generator = torch.Generator().manual_seed(100 + client)
@@ -96,7 +101,7 @@ def train(engine: Engine, start: dict[str, Pair], client: int) -> dict:
     train_client(
         engine,
         examples,
-        start.__getitem__,
+        given(start),
         TrainSection(batch_size=8, micro_batch_size=2, local_epochs=2, weight_decay=0.01),
         seed=0,
         round=1,
@@ -139,14 +144,14 @@ def check_side(engine: Engine, start: dict[str, Pair]) -> dict:
     folded = random_pairs(engine, 8, seed=2)
     side = {n: Pair(-p.A_RI[:SIDE_RANK], p.B_OR[:, :SIDE_RANK]) for n, p in folded.items()}
     rest = {n: LowRank(-p.B_OR[:, SIDE_RANK:], p.A_RI[SIDE_RANK:]) for n, p in folded.items()}
-    set_adapter(engine, start.__getitem__, side=False)
+    set_adapter(engine, given(start), side=False)
     shifted = logits(engine)
-    set_side(engine, side.__getitem__)
+    set_side(engine, given(side))
     fold_all(engine, rest)
-    set_adapter(engine, start.__getitem__, side=True)
+    set_adapter(engine, given(start), side=True)
     by_side = logits(engine)
     fold_all(engine, {n: LowRank(pair.B_OR, pair.A_RI) for n, pair in side.items()})
-    set_adapter(engine, start.__getitem__, side=False)
+    set_adapter(engine, given(start), side=False)
     by_base = logits(engine)
     return {
         "shift": float((shifted - by_base).abs().max()),

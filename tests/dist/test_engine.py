@@ -94,7 +94,8 @@ def test_fold_is_local_and_equals_the_unsharded_one_bit_for_bit(
 def test_side_adapter_and_fold_cancel(ranks: list[dict]) -> None:
     for results in ranks:
         assert results["shift"] > 1e-2
-        assert results["side_error"] < 1e-5
+        # The wide model's products sum 1536 terms, each a source of float32 rounding.
+        assert results["side_error"] < 1e-5 * max(1.0, results["shift"])
 
 
 @pytest.mark.parametrize("settings", ["none", "zero3_offload"])

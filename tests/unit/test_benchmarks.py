@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-def run(name: str, model: Path | str) -> subprocess.CompletedProcess:
+def run(name: str, model: Path | str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--model", model, "--quick"],
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--model", model, "--quick", *options],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -49,6 +51,47 @@ def test_throughput_of_the_same_training_with_the_same_losses(tiny_llama: Path) 
 def test_host_memory(tiny_llama: Path) -> None:
     figures = measured("host_memory", tiny_llama)["figures"]
     assert list(figures) == ["3 clients", "6 clients"]
+
+
+def test_generation_writes_what_lm_eval_writes(tiny_llama: Path) -> None:
+    ratios = measured("generation", tiny_llama)["ratios"]
+    assert ratios["ours / lm-eval"]["goal"].startswith("goal <= 1.05: ")
+
+
+@pytest.mark.slow
+def test_methods_go_on_where_they_were_stopped(tiny_llama: Path, tmp_path: Path) -> None:
+    options = ("--out", str(tmp_path / "out"))
+    first = run("methods", tiny_llama, *options, "--minutes", "0.1")
+    assert first.returncode == 0, first.stderr
+    rows = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert 1 <= len(rows) < 4
+    second = run("methods", tiny_llama, *options)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "out" / "results.jsonl").read_text().splitlines()[: len(rows)] == rows
+    table = [line for line in second.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1:3] for line in table[1:]] == [
+        [f" {init} ", f" {method} "]
+        for init in ("shared", "per_client")
+        for method in ("fedit", "fedex")
+    ]
+
+
+def test_differences_between_methods_are_paired() -> None:
+    from methods import Sizes, as_markdown
+
+    def row(method: str, seed: int, *verdicts: list[float]) -> dict:
+        named = {f"t{number}/exact_match": values for number, values in enumerate(verdicts)}
+        return {"key": ["a setting", "shared", seed, method], "seconds": 1, "verdicts": named}
+
+    rows = [
+        row("fedit", 0, [0.0] * 10, [1.0, 0.0]),
+        row("fedex", 0, [1.0] * 10, [1.0, 0.0]),
+        row("fedex", 1, [1.0] * 10, [1.0, 1.0]),
+    ]
+    lines = as_markdown(rows, Sizes(), "tiny").splitlines()
+    assert "| shared | fedit | 25.0% | 1 |  |" in lines
+    (line,) = (line for line in lines if line.startswith("| shared | fedex |"))
+    assert line.startswith("| shared | fedex | 87.5% | 2 | +50.0 (")
 
 
 def test_what_cannot_be_measured_is_told_on_one_line(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from fractions import Fraction
 import pytest
 
 from fedex_scale.data.answers import (
-    commonsense_choice,
     correct_number,
     gold_number,
     paper_number,
@@ -69,27 +68,3 @@ def test_gold_number():
     for answer in ("5", "#### five", ""):
         with pytest.raises(UserError, match="GSM8K"):
             gold_number(answer)
-
-
-@pytest.mark.parametrize(
-    ("text", "suite", "choice"),
-    [
-        ("the correct answer is true", "boolq", "true"),
-        ("false, not true", "boolq", "false"),
-        ("the correct answer is solution2", "piqa", "solution2"),
-        ("the correct answer is answer3", "social_i_qa", "answer3"),
-        ("the correct answer is answer5", "ARC-Challenge", "answer5"),
-        ("answer6 or answer1", "openbookqa", "answer1"),
-        ("the correct answer is ending4", "hellaswag", "ending4"),
-        ("option2 option1", "winogrande", "option2"),
-        ("the correct answer is answer", "ARC-Easy", None),
-        ("", "boolq", None),
-    ],
-)
-def test_commonsense_choice(text: str, suite: str, choice: str | None):
-    assert commonsense_choice(text, suite) == choice
-
-
-def test_an_unknown_suite_is_named():
-    with pytest.raises(UserError, match=r"boolq.*got glue"):
-        commonsense_choice("true", "glue")

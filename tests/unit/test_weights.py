@@ -152,7 +152,8 @@ def shards(numel: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
 def test_shards_get_the_same_bits_as_the_whole(
     monkeypatch: pytest.MonkeyPatch, cuts, dtype, transposed: bool, stream: bool
 ) -> None:
-    monkeypatch.setattr(weights, "WIDE_BLOCK_ENTRIES", 4000)
+    monkeypatch.setattr(weights, "STREAMED_ENTRIES", 4000)
+    monkeypatch.setattr(weights, "BLOCK_SIDES", {"cpu": 8})
     whole = make_weight(dtype=dtype, transposed=transposed)
     pieces = [make_pieces(seed=seed, size=0.01) for seed in range(2)]
     if stream:

@@ -1,0 +1,186 @@
+"""The live score, `fedex-scale evaluate` and plain lm-eval agree, example for example."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, start
+from rows import write_data
+from safetensors.torch import load_file
+
+from fedex_scale.errors import UserError
+from fedex_scale.scoring import find_subject, table
+
+TASKS = ["fedex_word_problems", "fedex_boolq"]
+Samples = dict[tuple[str, int], tuple]
+
+
+def call(*arguments: object, data_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of this environment in the project's directory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**environment, "FEDEX_SCALE_DATA": str(data_dir)},
+        cwd=ROOT,
+    )
+
+
+def ours(directory: Path) -> Samples:
+    """Read our samples: what was asked, written, read and judged, by task and example."""
+    return {
+        (row["task"], row["doc_id"]): (row["prompt"], row["output"], row["answer"], row["verdict"])
+        for row in map(json.loads, (directory / "samples.jsonl").open())
+    }
+
+
+def by_lm_eval(directory: Path) -> Samples:
+    """Read the same out of lm-eval's own files."""
+    found = {}
+    for file in directory.rglob("samples_*.jsonl"):
+        task = next(task for task in TASKS if file.name.startswith(f"samples_{task}_"))
+        for row in map(json.loads, file.open()):
+            prompt = row["arguments"]["gen_args_0"]["arg_0"]
+            verdict = {metric: row[metric] for metric in row["metrics"]}
+            found[task, row["doc_id"]] = (
+                prompt,
+                [output for outputs in row["resps"] for output in outputs],
+                row["filtered_resps"],
+                verdict,
+            )
+    return found
+
+
+def scores_of(results: dict) -> dict:
+    """Return the numbers of lm-eval's results."""
+    return {
+        (task, metric): value
+        for task, metrics in results["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, (int, float))
+    }
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("rows") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config: Path, data_dir: Path) -> Path:
+    """A run whose folds changed the base, scored live after each round."""
+    return train(tiny_config, data_dir, "scored", f"evaluation.tasks={json.dumps(TASKS)}")
+
+
+def train(config: Path, data_dir: Path, name: str, *overrides: str) -> Path:
+    done = start(
+        [sys.executable],
+        config,
+        f"run.name={name}",
+        "aggregate.fold=carry",
+        "evaluation.data=null",
+        f"evaluation.data_dir={data_dir}",
+        "evaluation.every_rounds=1",
+        "train.learning_rate=0.03",
+        *overrides,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Path(yaml.safe_load(config.read_text())["run"]["dir"]) / name
+
+
+def test_three_ways_to_score_agree(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    done = call("fedex_scale.cli", "evaluate", run, "--out", tmp_path / "ours", data_dir=data_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = f"pretrained={run}/final/base,peft={run}/final/adapter"
+    tasks = ["--include_path", "eval/tasks", "--tasks", ",".join(TASKS)]
+    options = ["--device", "cpu", "--batch_size", 4, "--log_samples"]
+    command = ["lm_eval", "--model", "hf", "--model_args", model, *tasks, *options]
+    done = call(*command, "--output_path", tmp_path / "plain", data_dir=data_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    live = ours(run / "evaluations" / "round-0002")
+    assert len(live) == 5 + 1
+    assert live != ours(run / "evaluations" / "round-0000")
+    assert ours(tmp_path / "ours") == live
+    assert by_lm_eval(tmp_path / "plain") == live
+    (plain,) = (tmp_path / "plain").rglob("results_*.json")
+    files = [
+        run / "evaluations" / "round-0002" / "results.json",
+        tmp_path / "ours" / "results.json",
+        plain,
+    ]
+    numbers = [scores_of(json.loads(file.read_text())) for file in files]
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert ("fedex_boolq", "exact_match,none") in numbers[0]
+
+
+def test_scoring_in_between_changes_nothing(run: Path, tiny_config: Path, data_dir: Path) -> None:
+    silent = train(
+        tiny_config, data_dir, "silent", "evaluation.tasks=[]", "evaluation.data_dir=null"
+    )
+    for name in ("final/adapter", "final/exact_adapter", "clients/round-0002/client-0002"):
+        file = f"{name}/adapter_model.safetensors"
+        scored, alone = load_file(run / file), load_file(silent / file)
+        assert scored.keys() == alone.keys()
+        assert all(scored[key].equal(alone[key]) for key in alone)
+    for file in sorted((run / "final" / "base").glob("*.safetensors")):
+        assert file.read_bytes() == (silent / "final" / "base" / file.name).read_bytes()
+
+
+def test_what_cannot_be_scored_is_told_in_one_line(
+    run: Path, data_dir: Path, tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(run, incomplete)
+    shutil.rmtree(incomplete / "final" / "base")
+    done = call("fedex_scale.cli", "evaluate", incomplete, data_dir=data_dir)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "its folds changed the base, and" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+    final, exact = run / "final" / "adapter", run / "final" / "exact_adapter"
+    asked = {"tasks": ("fedex_boolq",)}
+    for model, adapter, options, message in (
+        (tiny_llama, final, asked, "as its run changed the base"),
+        (tiny_gpt2, exact, asked, "expects a weight of shape"),
+        (tiny_llama, None, {}, "--suite: expected at least one task"),
+        (run, None, {"limit": 0}, r"evaluation\.limit: expected at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_subject(str(model), adapter, options)
+
+
+def test_the_exact_adapter_of_a_run_goes_with_the_untouched_base(
+    run: Path, tiny_llama: Path
+) -> None:
+    exact = run / "final" / "exact_adapter"
+    assert find_subject(str(run), exact, {}).model.path == str(tiny_llama)
+    assert find_subject(str(run), None, {}).model.path == str(run / "final" / "base")
+
+
+def test_the_paper_s_row_stands_beside_a_score() -> None:
+    metrics = {
+        "exact_match,paper": 0.5,
+        "exact_match_stderr,paper": 0.01,
+        "exact_match,correct": 0.4,
+    }
+    results = {"results": {"fedex_gsm8k": metrics}, "n-samples": {"fedex_gsm8k": {"effective": 9}}}
+    shown = table(results, ("mistralai/Mistral-7B-v0.1", "fedex"))
+    cells = [list(column.cells) for column in shown.columns]
+    assert cells == [
+        ["fedex_gsm8k/exact_match/paper", "fedex_gsm8k/exact_match/correct"],
+        ["9", "9"],
+        ["50.00%", "40.00%"],
+        ["1.00%", ""],
+        ["62.62%", ""],
+    ]
+    assert len(table(results, ("mistralai/Mistral-7B-v0.1", "flora")).columns) == 4
