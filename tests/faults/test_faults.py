@@ -233,3 +233,15 @@ def test_a_peer_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith(f"rank 1 (process {child}) ended before its time")
     os.waitpid(child, 0)
     assert faults.dead_peer() == told.replace("\n", "")
+
+
+def test_a_rejected_client_is_recorded(config: Path) -> None:
+    def report_of(name: str, bound: float) -> dict:
+        run = start(config, name, f"aggregate.reject_update_norm={bound}", "federation.rounds=1")
+        assert run.code == 0
+        return json.loads((run.server(1) / "aggregate.json").read_text())
+
+    norms = report_of("norms", 1e9)["update_norms"]
+    report = report_of("rejected", sorted(norms)[1])
+    assert report["rejected"] == [norms.index(max(norms))]
+    assert sum(report["weights"]) == pytest.approx(1)

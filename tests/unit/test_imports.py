@@ -30,6 +30,7 @@ ORDER = (
     "export",
     "config",
     "client",
+    "screening",
     "aggregator",
     "aggregate_report",
     "evaluation",
