@@ -94,6 +94,24 @@ def aggregate(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="A run's YAML that is to run here.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
+    ] = None,
+) -> None:
+    """Say what this machine has and lacks; exit code 1 if the config cannot run."""
+    from fedex_scale.config import load_config
+    from fedex_scale.doctor import examine
+
+    failed = False
+    for finding in examine(load_config(config, overrides or []) if config else None):
+        failed |= finding.fatal
+        typer.echo(str(finding))
+    raise typer.Exit(int(failed))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
     out: Annotated[Path, typer.Option(help="Directory to make.")],

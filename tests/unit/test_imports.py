@@ -24,6 +24,7 @@ ORDER = (
     "compare",
     "scoring",
     "run",
+    "doctor",
     "rounds",
     "saves",
     "server",
