@@ -197,7 +197,7 @@ def test_a_full_disk_is_seen_before_a_checkpoint(
     usage = saves.shutil.disk_usage("/")
     monkeypatch.setattr(saves.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert start(config, "no-room").code == 2
-    assert "of room, got 0.000 GB; free some space" in error_of(capsys)
+    assert "of room, got 0.0 MB; free some space" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
