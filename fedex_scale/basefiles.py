@@ -80,9 +80,9 @@ class BaseFiles:
             return [WEIGHTS_FILE]
         if (self.path / INDEX_FILE).is_file():
             places = _read_json(self.path / INDEX_FILE).get("weight_map")
-            if isinstance(places, dict) and places:
+            if isinstance(places, dict) and places and all(map(_is_file_name, places.values())):
                 return sorted(set(places.values()))
-            raise UserError(f"{self.path / INDEX_FILE}: expected a weight_map, found none")
+            raise UserError(f"{self.path / INDEX_FILE}: expected a weight_map of file names here")
         raise UserError(
             f"{self.path}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither; "
             "save the base model as safetensors"
@@ -256,12 +256,18 @@ class BaseWriter:
         (self.out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if (self.out / INDEX_FILE).exists():
             index = _read_json(self.out / INDEX_FILE)
-            index.setdefault("metadata", {})["total_size"] = self.num_bytes
+            known = index.get("metadata")
+            known = known if isinstance(known, dict) else {}
+            index["metadata"] = {**known, "total_size": self.num_bytes}
             (self.out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def _read_json(file: Path) -> Mapping:
@@ -271,7 +277,7 @@ def _read_json(file: Path) -> Mapping:
         raise UserError(
             f"{file.parent}: expected a model directory, found no {file.name}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); fetch the model again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected settings by name, got {value!r:.80}")

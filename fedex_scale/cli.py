@@ -74,9 +74,9 @@ def aggregate(
     from rich.console import Console
 
     from fedex_scale.aggregator import AggregateSection
+    from fedex_scale.job import Job
     from fedex_scale.methods import MethodConfig
     from fedex_scale.offline import aggregate_files, describe, parse_weights
-    from fedex_scale.plan import Job
 
     job = Job(
         base=base,
@@ -91,6 +91,24 @@ def aggregate(
     console = Console(highlight=False)
     for line in describe(job, aggregate_files(job, console)):
         console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="A run's YAML that is to run here.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
+    ] = None,
+) -> None:
+    """Say what this machine has and lacks; exit code 1 if the config cannot run."""
+    from fedex_scale.config import load_config
+    from fedex_scale.doctor import examine
+
+    failed = False
+    for finding in examine(load_config(config, overrides or []) if config else None):
+        failed |= finding.fatal
+        typer.echo(str(finding))
+    raise typer.Exit(int(failed))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +19,10 @@ from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Pair
 from fedex_scale.ds_config import EngineSection, read_ds_config
 from fedex_scale.models import CLIENT, SIDE, ModelSection
+from fedex_scale.parameters import Source, read_float32, read_whole, resident, write_pair
 from fedex_scale.weights import Target
 
 OPTIMIZERS = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-Source = Callable[[str, Pair | None], Pair]
-"""Gives a layer's factors; it may put them into the memory that it is shown, and answer that."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +127,7 @@ def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
     if side != (SIDE in engine.model.active_adapters):  # a walk over all modules costs as a read
         models.activate(engine.model, trains=engine.trains, side=side)
     for name, layer in engine.layers.items():
-        _write_pair(layer, CLIENT, lambda into, name=name: source(name, into))
+        write_pair(layer, CLIENT, lambda into, name=name: source(name, into))
 
 
 def reset_for_client(engine: Engine, source: Source, *, side: bool) -> None:
@@ -182,14 +181,19 @@ def read_pairs(engine: Engine) -> Iterator[tuple[str, Pair]]:
     """Yield the client adapter layer by layer, float32 on the CPU; every rank must take part."""
     for name, layer in engine.layers.items():
         A, B = layer.lora_A[CLIENT].weight, layer.lora_B[CLIENT].weight
-        yield name, Pair(_full_float32(A), _full_float32(B))
+        yield name, Pair(read_float32(A), read_float32(B))
+
+
+def read_base_weight(engine: Engine, layer: str) -> Tensor:
+    """Return one frozen weight whole, on the CPU; every rank must take part."""
+    return read_whole(engine.layers[layer].get_base_layer().weight)
 
 
 def set_side(engine: Engine, source: Source) -> None:
     """Set the side adapter on this rank; it counts once `set_adapter` is told so."""
     _release(engine)
     for name, layer in engine.layers.items():
-        _write_pair(layer, SIDE, lambda into, name=name: source(name, into))
+        write_pair(layer, SIDE, lambda into, name=name: source(name, into))
 
 
 def fold_targets(engine: Engine) -> dict[str, Target]:
@@ -217,25 +221,13 @@ def fold_targets(engine: Engine) -> dict[str, Target]:
 def _lend_shard(engine: Engine, weight: nn.Parameter) -> Iterator[Tensor]:
     """Give this rank's elements of a partitioned weight on the engine's device, to be changed."""
     _release(engine)
-    with _resident(weight) as shard:
+    with resident(weight) as shard:
         start = shard.numel() * distributed.rank()
         here = shard[: max(0, min(shard.numel(), weight.ds_numel - start))]
         there = here.to(engine.device)
         yield there
         if there.data_ptr() != here.data_ptr():
             here.copy_(there)
-
-
-@contextmanager
-def _resident(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """Give a parameter's flat shard, fetched from NVMe and written back if that is its place."""
-    shard = parameter.ds_tensor
-    fetched = shard.final_location == "nvme" and shard.status.name == "NOT_AVAILABLE"
-    if fetched:
-        parameter.nvme_swapper.swap_in([parameter], async_op=False)
-    yield shard.data.view(-1)
-    if fetched:
-        parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 @contextmanager
@@ -278,72 +270,7 @@ def _plain_step(engine: Engine) -> None:
     engine.optimizer.zero_grad(set_to_none=True)
 
 
-def _write_pair(layer: LoraLayer, adapter: str, give: Callable[[Pair | None], Pair]) -> None:
-    here = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    direct = all(_is_plain(parameter) for parameter in here)
-    into = Pair(*(parameter.data for parameter in here)) if direct else None
-    pair = give(into)
-    if into is None or pair is not into:
-        for parameter, value in zip(here, pair, strict=True):
-            _write(parameter, value)
-
-
-def _is_plain(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is all that there is of it, and in ordinary memory."""
-    managed = hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")
-    return not managed and parameter.device.type == "cpu" and parameter.is_contiguous()
-
-
 def _release(engine: Engine) -> None:
     """Under ZeRO-3, drop gathered copies, so that a shard is the only place to write to."""
     if engine.deepspeed is not None and engine.deepspeed.zero_optimization_partition_weights():
         engine.deepspeed.empty_partition_cache()
-
-
-@torch.no_grad()
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter here: the copy that computes, and the float32 master where there is one."""
-    if hasattr(parameter, "ds_tensor"):
-        shard = parameter.ds_tensor
-        start = shard.ds_numel * distributed.rank()
-        part = value.reshape(-1)[start : start + shard.ds_numel]
-        padded = torch.zeros(shard.ds_numel, dtype=torch.float32)
-        padded[: part.numel()] = part
-        with _resident(parameter) as flat:
-            flat.copy_(padded)
-        if parameter.requires_grad:
-            from deepspeed.utils import safe_set_local_fp32_param
-
-            safe_set_local_fp32_param(parameter, padded)
-        return
-    parameter.data.copy_(value)
-    if hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.float())
-
-
-@torch.no_grad()
-def _full_float32(parameter: nn.Parameter) -> Tensor:
-    """Return the parameter whole, from its float32 master where there is one."""
-    if hasattr(parameter, "ds_tensor") and not parameter.requires_grad:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.data.to("cpu", torch.float32, copy=True)
-    if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).to("cpu", torch.float32, copy=True)
-    return parameter.data.to("cpu", torch.float32, copy=True)
-
-
-def read_base_weight(engine: Engine, layer: str) -> Tensor:
-    """Return one frozen weight whole, on the CPU; every rank must take part."""
-    weight = engine.layers[layer].get_base_layer().weight
-    if hasattr(weight, "ds_tensor"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight]):
-            return weight.data.to("cpu", copy=True)
-    return weight.data.to("cpu")

@@ -23,8 +23,8 @@ from fedex_scale.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.algebra import LowRank, Pair
 from fedex_scale.basefiles import BaseWriter
 from fedex_scale.errors import UserError
+from fedex_scale.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.outputs import building
-from fedex_scale.plan import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.state import derive_seed
 from fedex_scale.weights import Target
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedex_scale import checkpoint, distributed, faults
@@ -123,8 +124,11 @@ class Saver:
         """Train a client from where it is, and save; if it fails, do as the config says.
 
         Raises:
+            UserError: the disk has no room for its adapter.
             ClientFailure: it failed, and the run is to stop, or it failed twice.
         """
+        room = 2 * adapter_bytes(self._config, self._engine)
+        distributed.on_main(lambda: self._check_room(room, f"client {client}'s adapter"))
         place = self.place
         begin = place.running or ClientProgress(client=client)
         action = self._config.federation.on_client_failure
@@ -164,10 +168,6 @@ class Saver:
         folder = self._run.checkpoint(self._last.number)
         read_snapshot(self._engine, folder / _snapshot_name())
 
-    def check_room(self, num_bytes: int, what: str) -> None:
-        """Raise a UserError on every rank where the disk has no room for what comes."""
-        distributed.on_main(lambda: self._check_room(num_bytes, what))
-
     def _size(self) -> int:
         """Return the bytes that a checkpoint of a running client takes."""
         ranks = distributed.sum_over_ranks(snapshot_bytes(self._engine))[0]
@@ -177,21 +177,21 @@ class Saver:
         free = shutil.disk_usage(self._run.path).free
         if num_bytes > free:
             raise UserError(
-                f"{self._run.path}: {what}: expected {num_bytes / 1e9:.3f} GB of room, got "
-                f"{free / 1e9:.3f} GB; free some space, and the same command with --resume goes on"
+                f"{self._run.path}: {what}: expected {num_bytes / 1e6:.1f} MB of room, got "
+                f"{free / 1e6:.1f} MB; free some space, and the same command with --resume goes on"
             )
 
-    def _begin(self, scratch, num_bytes: int) -> None:
+    def _begin(self, scratch: Path, num_bytes: int) -> None:
         self._check_room(num_bytes + 2**16, "a checkpoint")
         with faults.disk_errors(str(scratch)):
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
 
-    def _write_snapshot(self, scratch) -> None:
+    def _write_snapshot(self, scratch: Path) -> None:
         with faults.disk_errors(str(scratch)):
             write_snapshot(self._engine, scratch / _snapshot_name())
 
-    def _publish(self, scratch, number: int, place: Place) -> Checkpoint:
+    def _publish(self, scratch: Path, number: int, place: Place) -> Checkpoint:
         last, run = self._last, self._run
         length = run.metrics.stat().st_size if run.metrics.exists() else 0
         if run.metrics.exists():

@@ -26,6 +26,7 @@ from fedex_scale.client import open_adapter
 from fedex_scale.config import Config
 from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.methods import fresh_pair
+from fedex_scale.screening import screen
 from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
 
@@ -111,8 +112,6 @@ def aggregate_round(
         The new state, and what was done. The factors are in the run directory.
     """
     number = state.round + 1
-    update_rank = base_update_rank(config.method, len(clients), config.lora.rank)
-    side_rank = engine.side_rank if update_rank else 0
     task = Round(
         clients=[Adapter(run.client(number, client)) for client in clients],
         weights=weights,
@@ -120,8 +119,11 @@ def aggregate_round(
         rank=config.lora.rank,
         scaling=config.lora.scaling,
         side=Adapter(run.side(state.round)) if state.has_side else None,
-        side_rank=side_rank,
     )
+    task, stay, norms = screen(task, config.aggregate)
+    update_rank = base_update_rank(config.method, len(stay), config.lora.rank)
+    side_rank = engine.side_rank if update_rank else 0
+    task = replace(task, side_rank=side_rank)
     with ExitStack() as stack:
         sinks = Sinks()
         if write and distributed.is_main():
@@ -139,7 +141,13 @@ def aggregate_round(
     if write and distributed.is_main():
         if keeps_side:
             shutil.copytree(run.side(state.round), run.side(number))
-        taken = {"clients": [*clients], "weights": [*weights], "skipped": [*skipped]}
+        taken = {
+            "clients": [clients[k] for k in stay],
+            "weights": list(task.weights),
+            "skipped": list(skipped),
+            "rejected": [client for k, client in enumerate(clients) if k not in stay],
+            "update_norms": norms,
+        }
         text = json.dumps(taken | report.as_dict(), indent=2) + "\n"
         (run.server(number) / REPORT_FILE).write_text(text)
     distributed.barrier()

@@ -37,7 +37,7 @@ DTYPES = {
 }
 BLOCK_BYTES = 2**23
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_HEADER_BYTES = 2**24  # of some 100,000 tensors
 
 
 class Entry(NamedTuple):
@@ -60,8 +60,10 @@ class SafetensorsReader:
         self.path = path
         try:
             self.metadata, self.entries = _read_header(path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged ({error}); fetch or send the file again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: damaged ({str(error)[:200]}); fetch or send the file again"
+            ) from None
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """Return one whole tensor; in the memory of `out`, bytes on the CPU, if given."""
@@ -156,6 +158,8 @@ def _write_all(file, data: memoryview) -> None:
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("not a file")  # a pipe would be waited for
     with path.open("rb") as file:
         first = file.read(8)
         length = int.from_bytes(first, "little")
@@ -163,26 +167,27 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
             raise ValueError("no header, or cut short")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", None) or {}
-    entries, spans = {}, []
-    for name, value in header.items():
-        if value["dtype"] not in DTYPES:
-            raise ValueError(f"{name} has the unknown dtype {value['dtype']}")
-        dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
-        start, end = value["data_offsets"]
-        spans.append((start, end))
-        if (
-            end - start != dtype.itemsize * math.prod(shape)
-            or start < 0
-            or min(shape, default=0) < 0
-        ):
-            raise ValueError(f"{name} has a shape that does not fit its place")
-        entries[name] = Entry(dtype, shape, 8 + length + start, 8 + length + end)
-    spans.sort()
-    last = 0
-    for start, end in spans:
-        if start != last:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no text")
+    entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+    last = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start != last:
             raise ValueError("tensors overlap, or leave gaps")
-        last = end
-    if 8 + length + last != size:
-        raise ValueError(f"expected {8 + length + last} bytes, got {size}: cut short?")
+        last = entry.end
+    if last != size:
+        raise ValueError(f"expected {last} bytes, got {size}: cut short?")
     return metadata, entries
+
+
+def _entry(name: str, value: dict, begin: int) -> Entry:
+    """Return where a tensor lies, if what the header says of it agrees with itself."""
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {value['dtype']}")
+    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+    start, end = value["data_offsets"]
+    if any(type(number) is not int or not 0 <= number < 2**48 for number in (*shape, start, end)):
+        raise ValueError(f"{name} has a shape or a place that is no number of bytes")
+    if end - start != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{name} has a shape that does not fit its place")
+    return Entry(dtype, shape, begin + start, begin + end)

@@ -197,7 +197,7 @@ def test_a_full_disk_is_seen_before_a_checkpoint(
     usage = saves.shutil.disk_usage("/")
     monkeypatch.setattr(saves.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert start(config, "no-room").code == 2
-    assert "of room, got 0.000 GB; free some space" in error_of(capsys)
+    assert "of room, got 0.0 MB; free some space" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -233,3 +233,15 @@ def test_a_peer_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith(f"rank 1 (process {child}) ended before its time")
     os.waitpid(child, 0)
     assert faults.dead_peer() == told.replace("\n", "")
+
+
+def test_a_rejected_client_is_recorded(config: Path) -> None:
+    def report_of(name: str, bound: float) -> dict:
+        run = start(config, name, f"aggregate.reject_update_norm={bound}", "federation.rounds=1")
+        assert run.code == 0
+        return json.loads((run.server(1) / "aggregate.json").read_text())
+
+    norms = report_of("norms", 1e9)["update_norms"]
+    report = report_of("rejected", sorted(norms)[1])
+    assert report["rejected"] == [norms.index(max(norms))]
+    assert sum(report["weights"]) == pytest.approx(1)
