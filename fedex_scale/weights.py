@@ -12,6 +12,7 @@ Legend: P, Q stored rows and columns; (P, Q) is (O, I) for nn.Linear and (I, O) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_scale.algebra import LowRank
+from fedex_scale.algebra import LowRank, norm, stack
 
 BLOCK_SIDES = {"cpu": 2**10, "cuda": 2**12}
 """Rows and columns computed at once. CPU: enough for a matrix product at full speed, and few enough
@@ -102,22 +103,36 @@ def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) 
     memory = flat.new_empty(3, height * width, dtype=torch.float32)
     sums = torch.zeros(2, dtype=torch.float64, device=flat.device)
     stored = list(_rectangles(target.start, target.numel, target.shape[1]))
+    at_once = not carry and flat.dtype != torch.float32 and isinstance(pieces, Sequence)
     for block in _blocks(target.shape, height, width):
         overlaps = [(place, _overlap(place, block)) for place in stored]
-        overlaps = [(place, common) for place, common in overlaps if common]
-        if not overlaps:
+        parts = [
+            (_view(flat, place)[_within(common, place)], place, common)
+            for place, common in overlaps
+            if common
+        ]
+        if not parts:
             continue
-        product = _product(pieces, block, target.transposed, memory[0])
-        for place, common in overlaps:
-            delta = product[_within(common, block)]
-            part = _within(common, place)
+        block_PQ = memory[0, : block.numel].view(block.shape)
+        if at_once:
+            for here, _, common in parts:
+                block_PQ[_within(common, block)] = here
+        _add_product(pieces, block, target.transposed, block_PQ, beta=int(at_once))
+        for here, place, common in parts:
+            delta = block_PQ[_within(common, block)]
+            if at_once:
+                here.copy_(delta)
+                sums[1] += _square(delta.sub_(here))
+                continue
             error = _add(
-                _view(flat, place)[part],
+                here,
                 delta,
-                _view(target.carry, place)[part] if carry else None,
+                _view(target.carry, place)[_within(common, place)] if carry else None,
                 memory[1:, : delta.numel()].view(2, *delta.shape),
             )
             sums += torch.stack([_square(delta), _square(error)])
+    if at_once:
+        sums[0] = norm(stack(*pieces)) ** 2 * target.numel / math.prod(target.shape)
     return FoldStats(*sums.tolist())
 
 
@@ -169,25 +184,21 @@ def _within(part: Rectangle, whole: Rectangle) -> tuple[slice, slice]:
 
 def _view(flat: Tensor, place: Rectangle) -> Tensor:
     """Return the stored elements of a rectangle as a matrix."""
-    rows, columns = place.bottom - place.top, place.right - place.left
-    return flat[place.at : place.at + rows * columns].view(rows, columns)
+    return flat[place.at : place.at + place.numel].view(place.shape)
 
 
-def _product(
-    pieces: Iterable[LowRank], block: Rectangle, transposed: bool, memory: Tensor
-) -> Tensor:
-    """Return the given block of the pieces' sum, in `memory`."""
+def _add_product(
+    pieces: Iterable[LowRank], block: Rectangle, transposed: bool, out: Tensor, *, beta: int
+) -> None:
+    """Set `out` to beta times itself plus the given block of the pieces' sum."""
     rows, columns = slice(block.top, block.bottom), slice(block.left, block.right)
-    height, width = block.bottom - block.top, block.right - block.left
-    out, beta = memory[: height * width].view(height, width), 0  # 0: what was there is dropped
     for piece in pieces:
         left, right = piece.U_OP[rows], piece.V_PI[:, columns]
         if transposed:
             left, right = piece.V_PI[:, rows].T, piece.U_OP[columns].T
-        torch.addmm(out, left, right, beta=beta, out=out)
+        torch.addmm(out, left, right, beta=beta, out=out)  # beta 0: what was there is dropped
         beta = 1
         del piece, left, right  # only then does a stream have one piece in memory
-    return out
 
 
 def _square(x: Tensor) -> Tensor:
@@ -229,3 +240,11 @@ class Rectangle(NamedTuple):
     left: int
     right: int
     at: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
