@@ -250,7 +250,7 @@ def _add_stats(
     sums = distributed.sum_over_ranks(*local)
     for i, layer in enumerate(report.layers):
         intended, missed = sums[2 * i], sums[2 * i + 1]
-        report.base_changed |= intended > 0
+        report.base_changed |= intended > 0 and targets[layer.layer].writable
         total = math.hypot(layer.missed_norm, math.sqrt(missed))
         layer = replace(layer, missed_norm=total)
         if layer.layer in crossed:

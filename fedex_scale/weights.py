@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedex_scale.algebra import LowRank, norm, stack
+from fedex_scale.algebra import LowRank, norm, norm_of_sum, stack
 
 BLOCK_SIDES = {"cpu": 2**10, "cuda": 2**12}
 """Rows and columns computed at once. CPU: enough for a matrix product at full speed, and few enough
@@ -44,6 +44,7 @@ class Target:
         device: where to compute.
         transposed: stored as (I, O) and not as (O, I).
         carries: whether anything can be kept for a next fold.
+        writable: whether it takes a fold at all; a quantized weight does not, and misses it whole.
         carry: what rounding has kept out so far, float32, like `flat`; None before the first fold.
     """
 
@@ -55,6 +56,7 @@ class Target:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     transposed: bool = False
     carries: bool = True
+    writable: bool = True
     carry: Tensor | None = None
 
     def __post_init__(self, flat: Tensor | None) -> None:
@@ -94,9 +96,12 @@ def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats
     """
     if not pieces or not target.numel:
         return FoldStats()
+    share = target.numel / math.prod(target.shape)
+    if not target.writable:
+        whole = norm_of_sum(pieces) ** 2 * share
+        return FoldStats(intended=whole, missed=whole)
     stats = FoldStats()
     if isinstance(pieces, Sequence):
-        share = target.numel / math.prod(target.shape)
         stats = FoldStats(intended=norm(stack(*pieces)) ** 2 * share)
     with target.lend() as flat:
         carry = carry and target.carries and flat.dtype != torch.float32
