@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedex_scale import distributed
+from fedex_scale import deviation, distributed
 from fedex_scale.adapters import Adapter, AdapterWriter
 from fedex_scale.aggregator import (
     AggregateReport,
@@ -24,6 +24,7 @@ from fedex_scale.aggregator import (
 from fedex_scale.algebra import Pair
 from fedex_scale.client import open_adapter
 from fedex_scale.config import Config
+from fedex_scale.deviation import Deviation
 from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.methods import fresh_pair
 from fedex_scale.screening import screen
@@ -31,6 +32,7 @@ from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
 
 REPORT_FILE = "aggregate.json"
+DEVIATION_FILE = "deviation.json"
 
 
 def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
@@ -124,10 +126,12 @@ def aggregate_round(
     update_rank = base_update_rank(config.method, len(stay), config.lora.rank)
     side_rank = engine.side_rank if update_rank else 0
     task = replace(task, side_rank=side_rank)
+    deviations: dict[str, Deviation | None] = {}
     with ExitStack() as stack:
         sinks = Sinks()
         if write and distributed.is_main():
             sinks = _open_sinks(config, engine, run.server(number), update_rank, side_rank, stack)
+            sinks = replace(sinks, deviation=deviations.__setitem__)
         report = aggregate(
             task,
             config.method,
@@ -150,6 +154,8 @@ def aggregate_round(
         }
         text = json.dumps(taken | report.as_dict(), indent=2) + "\n"
         (run.server(number) / REPORT_FILE).write_text(text)
+        text = json.dumps(deviation.as_tree(deviations), indent=1) + "\n"
+        (run.server(number) / DEVIATION_FILE).write_text(text)
     distributed.barrier()
     changed = state.base_changed or report.base_changed
     has_side = side_rank > 0 or keeps_side

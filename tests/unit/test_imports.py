@@ -34,6 +34,7 @@ ORDER = (
     "screening",
     "communication",
     "aggregator",
+    "deviation",
     "aggregate_report",
     "evaluation",
     "spread",
