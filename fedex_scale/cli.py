@@ -32,12 +32,17 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; start, if none.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace these steps, such as 3,4, with torch's profiler.")
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Train the clients round by round, aggregate, score and export."""
     from fedex_scale.run import run_config
 
-    run_config(config, [*(overrides or []), *(["run.resume=auto"] if resume else [])])
+    asked = ["run.resume=auto"] if resume else []
+    asked += [f"run.profile_steps=[{profile}]"] if profile else []
+    run_config(config, [*(overrides or []), *asked])
 
 
 @app.command()

@@ -27,6 +27,7 @@ from fedex_scale.config import Config
 from fedex_scale.deviation import Deviation
 from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.methods import fresh_pair
+from fedex_scale.phases import phase
 from fedex_scale.screening import screen
 from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
@@ -55,6 +56,7 @@ def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
     return draw
 
 
+@phase("writing")
 def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
     """Write the adapter that the first round begins with."""
     if distributed.is_main():
@@ -65,6 +67,7 @@ def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
     distributed.barrier()
 
 
+@phase("folding")
 def refold(
     config: Config, engine: Engine, targets: Mapping[str, Target], run: RunDir, state: ServerState
 ) -> None:
@@ -82,6 +85,7 @@ def refold(
         past, _ = aggregate_round(config, engine, targets, clients, weights, run, past, write=False)
 
 
+@phase("folding")
 def show(engine: Engine, run: RunDir, state: ServerState) -> None:
     """Let the engine hold the server's model: its adapter, and the side adapter if there is one."""
     if state.has_side:
@@ -89,6 +93,7 @@ def show(engine: Engine, run: RunDir, state: ServerState) -> None:
     set_adapter(engine, Adapter(run.adapter(state.round)).pair, side=state.has_side)
 
 
+@phase("folding")
 def aggregate_round(
     config: Config,
     engine: Engine,

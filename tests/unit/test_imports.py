@@ -56,6 +56,7 @@ ORDER = (
     "checkpoint",
     "outputs",
     "faults",
+    "phases",
     "distributed",
     "state",
     "errors",
