@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import distributed, evaluation, faults, models, phases
+from fedex_scale import distributed, evaluation, faults, models, phases, record
 from fedex_scale.aggregator import default_side_rank
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
@@ -195,6 +196,12 @@ def _run(
     with Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor:
         monitor.say(_intro(config, engine, clients))
 
+        known = _facts(engine)
+
+        def keep_record(round: int | None) -> None:
+            monitor.log("phases", round=round, **phases.lap())
+            distributed.on_main(lambda: record.write(run, known))
+
         def evaluate(round: int) -> None:
             if config.evaluation.due(round, rounds) and not saver.place.evaluated:
                 began = time.perf_counter()
@@ -206,7 +213,7 @@ def _run(
                 for warning in evaluation.warnings(results):
                     monitor.say(f"warning: {warning}")
                 saver.save(replace(saver.place, evaluated=True))
-            monitor.log("phases", round=round, **phases.lap())
+            keep_record(round)
 
         pad_id = tokenizer.pad_token_id
         state = run_rounds(
@@ -214,8 +221,22 @@ def _run(
         )
         written = write_final(config, engine, run, state)
         saver.save(replace(saver.place, finished=True))
-        monitor.log("phases", round=None, **phases.lap())
+        keep_record(None)
         monitor.close({"run": run.path, **written})
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    """Return what report.json says of the machine and the model that no other file does."""
+    sizes = {
+        name: getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in engine.model.named_parameters()
+    }
+    return record.facts(
+        base_parameters=sum(size for name, size in sizes.items() if ".lora_" not in name),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        ranks=distributed.world_size(),
+        device=engine.device.type,
+    )
 
 
 def _tell(line: str) -> None:

@@ -32,6 +32,7 @@ ORDER = (
     "config",
     "client",
     "screening",
+    "record",
     "communication",
     "aggregator",
     "deviation",
