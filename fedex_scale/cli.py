@@ -199,6 +199,19 @@ def compare(
     console.print(comparison.table(comparison.compare(runs)), soft_wrap=True)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; none: the run's own, or comparison.")
+    ] = None,
+) -> None:
+    """Write report.html about a run, or about several side by side, with its figures."""
+    from fedex_scale.reporting.page import write_report
+
+    typer.echo(write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison"))))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     _set_up_libraries()

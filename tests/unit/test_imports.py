@@ -21,6 +21,7 @@ ORDER = (
     "cli",
     "offline",
     "job",
+    "reporting",
     "compare",
     "scoring",
     "run",

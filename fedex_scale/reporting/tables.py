@@ -1,0 +1,271 @@
+"""The words and tables of a report, from runs' records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedex_scale.communication import millions, size
+from fedex_scale.reporting.chart import Record
+from fedex_scale.reporting.training import scores_at, short
+
+Table = dict[str, Any]
+
+SECTIONS = (
+    ("scores", "Scores", ""),
+    ("loss", "Training", ""),
+    (
+        "deviation",
+        "Deviation",
+        "Averaging A and B is not averaging B A. What it loses, the residual, was measured in "
+        "every round and layer, whatever the method did with it.",
+    ),
+    ("kept", "Kept", "How much of what was to be added to the model its forward pass sees."),
+    ("communication", "Communication", ""),
+    ("time", "Time and memory", ""),
+    ("run", "What was run", ""),
+)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> Table:
+    return {"head": head, "rows": rows, "caption": caption, "facts": False}
+
+
+def in_one_line(run: Record) -> str:
+    """Return what was run: method, model, clients, rounds."""
+    config = run["config"]
+    clients, rounds = config["partition"]["num_clients"], config["federation"]["rounds"]
+    return (
+        f"{method_of(run)} on {Path(config['model']['path']).name}: {count(clients, 'client')}, "
+        f"{count(rounds, 'round')}, LoRA rank {config['lora']['rank']}"
+    )
+
+
+def notes(run: Record, *, name: bool) -> list[str]:
+    """Return what a reader must not miss: unfinished, failed clients, warnings of the rounds."""
+    who = f"{run['name']}: " if name else ""
+    found = []
+    if not run["finished"]:
+        done = f"{run['rounds_done']} of {count(run['rounds_planned'], 'round')}"
+        found.append(f"{who}This run has not finished: {done} done. Shown is what there is.")
+    for failure in run["failures"]:
+        found.append(f"{who}{failure['reason']} ({failure['action']})")
+    for layer in run["rounds"]:
+        if layer["kept"] < 0.5:
+            found.append(
+                f"{who}round {layer['round']}: only {layer['kept']:.1%} of the residual reached "
+                "the forward pass; use fold: side, or a float32 base"
+            )
+    return found
+
+
+def tiles(run: Record) -> list[tuple[str, str]]:
+    """Return the few figures to see at a glance, each with what it is."""
+    shown = []
+    before, after = scores_at(run, 0, before=True), scores_at(run, -1)
+    for name, score in list(after.items())[:2]:
+        first = f"{before[name]['value']:.1%} → " if name in before else ""
+        shown.append((f"{first}{score['value']:.1%}", f"{short(name)}{error_of(score)}"))
+    if run["rounds"]:
+        last = run["rounds"][-1]
+        total = last["deviation"]["total"]
+        if total:
+            label = "of the last round's change would be lost by averaging"
+            shown.append((percent(total["relative"]), label))
+        if last["residual_norm"]:
+            shown.append((percent(last["kept"]), "of the residual kept in the forward pass"))
+    if run["communication"]:
+        own = run["communication"][0]
+        sent = f"{size(own['up_bytes'])} up, {size(own['down_bytes'])} down"
+        shown.append((sent, "per client and round"))
+    return [*shown, (duration(run["seconds"]), "from the first event to the last")]
+
+
+def scores(records: Sequence[Record]) -> list[Table]:
+    """Return every task's score before, and after each run, with standard errors."""
+    before = scores_at(records[0], 0, before=True)
+    after = [scores_at(run, -1) for run in records]
+    names = list(dict.fromkeys(name for found in (*after, before) for name in found))
+    if not names:
+        return []
+    heads = [run["name"] for run in records] if len(records) > 1 else ["after"]
+    rows = []
+    for name in names:
+        known = [found[name] for found in (before, *after) if name in found]
+        examples = str(known[0]["examples"] or "")
+        rows.append([short(name), examples, *(score_of(x.get(name)) for x in (before, *after))])
+    return [table(["task", "examples", "before", *heads], rows, caption="± one standard error.")]
+
+
+def deviation(run: Record, records: Sequence[Record]) -> list[Table]:
+    rows = []
+    for round in run["rounds"]:
+        total = round["deviation"]["total"]
+        if total:
+            rows.append(
+                [
+                    str(round["round"]),
+                    percent(total["relative"]),
+                    f"{total['scaled']:.2e}",
+                    f"{total['cosine']:.6f}",
+                    f"{total['norm_ratio']:.4f}",
+                    percent(total["drift"]),
+                    f"{total['effective_rank']:.1f}",
+                ]
+            )
+        elif round["deviation"]["note"]:
+            rows.append([str(round["round"]), round["deviation"]["note"], *[""] * 5])
+    head = ["round", "of the change", "scaled norm", "cosine", "norm ratio", "drift", "eff. rank"]
+    about = (
+        f"{run['name'] + ': a' if len(records) > 1 else 'A'}ll layers together. Residual over the "
+        "round's ideal change; residual over the root of the layers' size; cosine and norm of "
+        "FedAvg's update against the ideal one; distance between clients over their common "
+        "change; mean effective rank of a layer's residual."
+    )
+    return [table(head, rows, caption=about)] if rows else []
+
+
+def kept(records: Sequence[Record]) -> list[Table]:
+    rows = []
+    for run in records:
+        for round in run["rounds"]:
+            name = [run["name"]] if len(records) > 1 else []
+            added = round["residual_norm"]
+            share = percent(added / round["ideal_norm"]) if round["ideal_norm"] else "-"
+            values = [f"{round['kept']:.4%}", round["largest_layer"]] if added else ["-", "-"]
+            rows.append([*name, str(round["round"]), share if added else "nothing", *values])
+    head = ["round", "added, of the update", "kept", "layer with the largest part"]
+    return [table([*["run"] * (len(records) > 1), *head], rows)] if rows else []
+
+
+def communication(run: Record, records: Sequence[Record]) -> list[Table]:
+    if not run["communication"]:
+        return []
+    rows = [
+        [
+            ("this run: " if i == 0 else "") + row["label"],
+            str(row["update_rank"] or "-"),
+            f"{millions(row['up'])}, {size(row['up_bytes'])}",
+            f"{millions(row['down'])}, {size(row['down_bytes'])}",
+            size(row["total_bytes"] - row["initial"] * row["initial_dtype_bytes"]),
+            size(row["initial"] * row["initial_dtype_bytes"]) if row["initial"] else "unknown",
+        ]
+        for i, row in enumerate(run["communication"])
+        if row["initial"] or row["method"] != "full"
+    ]
+    head = [
+        "per client",
+        "update rank",
+        "up a round",
+        "down a round",
+        "all rounds",
+        "initial model",
+    ]
+    whose = f"{run['name']}: " if len(records) > 1 else ""
+    note = "parameters and bytes; FedEx's residual has rank (K-1) R, where the paper counts K R."
+    return [table(head, rows, caption=whose + note)]
+
+
+def facts(records: Sequence[Record]) -> Table:
+    """Return what was run, a column a run."""
+    columns = [_facts(run) for run in records]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return table(["", *(run["name"] for run in records)], rows) | {"facts": True}
+
+
+def data(records: Sequence[Record]) -> list[Table]:
+    """Return who had which examples."""
+    found = []
+    for run in records:
+        parts = run["partition"]["clients"]
+        kinds = list(dict.fromkeys(kind for part in parts for kind in part.get("counts") or {}))
+        if len(kinds) > 12:
+            kinds = []
+        rows = [
+            [
+                f"client {part['client']}",
+                f"{part['num_examples']:,}",
+                *(f"{part['counts'].get(kind, 0):,}" for kind in kinds),
+            ]
+            for part in parts[:50]
+        ]
+        more = f" The first 50 of {len(parts)}." if len(parts) > 50 else ""
+        whose = f"{run['name']}: " if len(records) > 1 else ""
+        about = f"{whose}examples of each client.{more}"
+        found.append(table(["", "examples", *kinds], rows, caption=about))
+        if all(other["partition"] == run["partition"] for other in records):
+            found[-1]["caption"] = f"Examples of each client.{more}"
+            break
+    return found
+
+
+def yaml_of(run: Record) -> str:
+    return yaml.safe_dump(run["config"], sort_keys=False)
+
+
+def method_of(run: Record) -> str:
+    method = run["config"]["method"]
+    assign = f", assign: {method['assign']}" if method.get("assign", "average") != "average" else ""
+    svd = f", svd_rank {method['svd_rank']}" if method.get("svd_rank") else ""
+    return method["name"] + assign + svd
+
+
+def _facts(run: Record) -> dict[str, str]:
+    config, known = run["config"], run["facts"]
+    lora, train, federation = config["lora"], config["train"], config["federation"]
+    partition, source = config["partition"], config["data"]
+    examples = sum(part["num_examples"] for part in run["partition"]["clients"])
+    versions = known.get("versions", {})
+    machine = f"{known['ranks']} x {known['device']}" if "ranks" in known else "not recorded"
+    deepspeed = (config.get("engine") or {}).get("deepspeed")
+    return {
+        "model": f"{config['model']['path']}, {known.get('dtype', config['model']['dtype'])}",
+        "method": f"{method_of(run)}, fold: {config['aggregate']['fold']}",
+        "adapter": f"rank {lora['rank']}, alpha {lora['alpha']:g}, "
+        + _listed(lora["target_modules"]),
+        "data": f"{source['path']}: {examples:,} examples of at most {source['max_length']} tokens",
+        "clients": f"{partition['num_clients']}, {partition['kind']}"
+        + (f", alpha {partition['alpha']:g}" if partition["kind"] == "dirichlet" else "")
+        + (f", {federation['client_fraction']:.0%} a round" * (federation["client_fraction"] < 1)),
+        "rounds": f"{federation['rounds']} of {count(train['local_epochs'], 'local epoch')}, "
+        f"init: {federation['init']}",
+        "training": f"{train['optimizer']}, {train['schedule']} from {train['learning_rate']:g}, "
+        f"batches of {train['batch_size']}",
+        "seed": str(config["run"]["seed"]),
+        "machine": f"{machine}, {Path(deepspeed).stem if deepspeed else 'plain PyTorch'}",
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) or "not recorded",
+    }
+
+
+def _listed(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
+
+
+def score_of(score: Record | None) -> str:
+    return f"{score['value']:.1%}{error_of(score)}" if score else "-"
+
+
+def error_of(score: Record) -> str:
+    return f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
+
+
+def percent(share: float) -> str:
+    """Return a share with two significant digits after what is certain: 0.034%, 1.9%, 99.97%."""
+    value = 100 * share
+    digits = 2 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}%"
+
+
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
