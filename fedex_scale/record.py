@@ -152,7 +152,8 @@ def _communication(
     own = communication.traffic(shapes, method=method, **settings)
     settings["num_clients"] = max(1, int(fraction * population + 0.5))
     others = communication.compare(shapes, methods=("fedit", "ffa", "fedex"), **settings)
-    return [row.as_dict() | {"label": communication.label(row)} for row in (own, *others)]
+    rows = [own, *(row for row in others if row != own)]
+    return [row.as_dict() | {"label": communication.label(row)} for row in rows]
 
 
 def _read_config(run: RunDir) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.figure import Figure
 
 from fedex_scale.reporting.chart import SERIES, Chart, Record, legend
@@ -18,7 +20,7 @@ _COLORS = {
 }
 
 
-def traffic(record: Record) -> Chart | None:
+def traffic(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw what a client sends and receives in a round under each method."""
     rows = [row for row in record["communication"] if row["method"] != "full"]
     if not rows:
@@ -51,7 +53,7 @@ def traffic(record: Record) -> Chart | None:
     )
 
 
-def seconds_by_phase(record: Record) -> Chart | None:
+def seconds_by_phase(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw where the wall time of each round went."""
     laps = [lap for lap in record["phases"] if lap["wall_s"] > 0]
     names = list(dict.fromkeys(name for lap in laps for name in lap["phases"]))
@@ -70,6 +72,9 @@ def seconds_by_phase(record: Record) -> Chart | None:
         axes.set_yticks(range(len(shown)), [lap_name(lap) for lap in shown])
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
+        axes.set_xlim(
+            0, 1.03 * max(lap["wall_s"] for run in (record, *among) for lap in run["phases"])
+        )
         axes.grid(visible=False, axis="y")
         legend(figure, axes)
 
@@ -88,7 +93,7 @@ def seconds_by_phase(record: Record) -> Chart | None:
     )
 
 
-def memory_by_phase(record: Record) -> Chart | None:
+def memory_by_phase(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw the largest memory of each phase, over all rounds."""
     peaks: dict[str, list[float]] = {}
     for lap in record["phases"]:

@@ -10,6 +10,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fedex_scale.reporting.chart import MARKERS, SERIES, Chart, Record, legend
 
+Lines = dict[str, list[tuple[int, float]]]
+"""Points of each projection's line."""
+
 PROJECTIONS = {
     "Q": ("q_proj", "query"),
     "K": ("k_proj", "key"),
@@ -20,28 +23,38 @@ PROJECTIONS = {
     "up": ("up_proj", "c_fc"),
     "down": ("down_proj", "mlp.c_proj"),
 }
+MLP = ("gate", "up", "down")
 _FIELDS = (
     "scaled residual_norm relative ideal_norm averaged_norm cosine norm_ratio drift effective_rank"
 ).split()
 
 
-def by_depth(record: Record) -> Chart | None:
-    """Draw the scaled norm of the last round's residual over depth, a line a projection."""
-    known = [r for r in record["rounds"] if r["deviation"]["layers"]]
-    if not known:
+def by_depth(record: Record, among: Sequence[Record] = ()) -> Chart | None:
+    """Draw the scaled norm of the last round's residual over depth, a line a projection.
+
+    Args:
+        among: runs that are shown beside it, on the same scale.
+    """
+    lines = _over_depth(record)
+    if not any(y for line in lines.values() for _, y in line):
         return None
-    last = known[-1]
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for layer in last["deviation"]["layers"]:
-        number = depth(layer["layer"])
-        lines.setdefault(projection(layer["layer"]), []).append((number, layer["scaled"]))
+    last = _measured(record)[-1]
+    highest = max(
+        y for run in (record, *among) for line in _over_depth(run).values() for _, y in line
+    )
+    groups = [
+        {name: line for name, line in lines.items() if (name in MLP) == is_mlp}
+        for is_mlp in (False, True)
+    ]
+    groups = [group for group in groups if group]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        _projection_lines(axes, lines)
-        axes.set_xlabel("layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend(figure, axes)
+        panels = figure.subplots(len(groups), sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, group in zip(panels, groups, strict=True):
+            _projection_lines(axes, group, highest)
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        panels[-1].set_xlabel("layer")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return Chart(
         name=f"{record['name']}-deviation-depth",
@@ -54,25 +67,21 @@ def by_depth(record: Record) -> Chart | None:
             for x in last["deviation"]["layers"]
         ],
         draw=draw,
+        height=1.0 + 1.6 * len(groups),
     )
 
 
-def over_rounds(record: Record) -> Chart | None:
+def over_rounds(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw each projection's deviation, as a root mean square over depth, by round."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for round in record["rounds"]:
-        sums: dict[str, list[float]] = {}
-        for layer in round["deviation"]["layers"]:
-            sums.setdefault(projection(layer["layer"]), []).append(layer["scaled"])
-        for name, values in sums.items():
-            mean = (sum(x * x for x in values) / len(values)) ** 0.5
-            lines.setdefault(name, []).append((round["round"], mean))
-    if not lines or len(next(iter(lines.values()))) < 2:
+    lines = _means_by_round(record)
+    if len(_measured(record)) < 2 or not any(y for line in lines.values() for _, y in line):
         return None
+    everything = [_means_by_round(run) for run in (record, *among)]
+    highest = max(y for found in everything for line in found.values() for _, y in line)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _projection_lines(axes, lines)
+        _projection_lines(axes, lines, highest)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(figure, axes)
@@ -87,9 +96,9 @@ def over_rounds(record: Record) -> Chart | None:
     )
 
 
-def spectrum(record: Record) -> Chart | None:
+def spectrum(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw how fast the residual's singular values fall, a line a projection."""
-    known = [r for r in record["rounds"] if r["deviation"]["layers"]]
+    known = _measured(record)
     if not known:
         return None
     sums: dict[str, list[list[float]]] = {}
@@ -109,7 +118,7 @@ def spectrum(record: Record) -> Chart | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _projection_lines(axes, lines)
+        _projection_lines(axes, lines, 1.0)
         axes.set_xlabel("singular value")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(figure, axes)
@@ -164,7 +173,34 @@ def depth(layer: str) -> int:
     return int(numbers[0]) if numbers else 0
 
 
-def _projection_lines(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
+def _measured(record: Record) -> list[Record]:
+    """Return the rounds whose deviation was measured."""
+    return [round for round in record["rounds"] if round["deviation"]["layers"]]
+
+
+def _over_depth(record: Record) -> Lines:
+    lines: Lines = {}
+    for round in _measured(record)[-1:]:
+        for layer in round["deviation"]["layers"]:
+            line = lines.setdefault(projection(layer["layer"]), [])
+            line.append((depth(layer["layer"]), layer["scaled"]))
+    return lines
+
+
+def _means_by_round(record: Record) -> Lines:
+    """Return the root mean square over the layers of each projection, by round."""
+    lines: Lines = {}
+    for round in _measured(record):
+        sums: dict[str, list[float]] = {}
+        for layer in round["deviation"]["layers"]:
+            sums.setdefault(projection(layer["layer"]), []).append(layer["scaled"])
+        for name, values in sums.items():
+            mean = (sum(x * x for x in values) / len(values)) ** 0.5
+            lines.setdefault(name, []).append((round["round"], mean))
+    return lines
+
+
+def _projection_lines(axes: Axes, lines: Lines, highest: float) -> None:
     order = [*PROJECTIONS, *lines]
     for name in sorted(lines, key=order.index):
         i = list(PROJECTIONS).index(name) if name in PROJECTIONS else len(PROJECTIONS)
@@ -172,7 +208,7 @@ def _projection_lines(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> 
         color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
         every = max(1, len(x) // 12)
         axes.plot(x, y, color=color, marker=marker, markevery=every, label=name)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * highest)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 

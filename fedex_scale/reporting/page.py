@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from fedex_scale.errors import UserError
 from fedex_scale.reporting import costs, deviations, tables, training
 from fedex_scale.reporting.chart import Chart, Record
 from fedex_scale.state import RunDir
+
+Draw = Callable[[Record, Sequence[Record]], Chart | None]
+Group = dict[str, list]
 
 PAGE, FIGURES = "report.html", "plots"
 
@@ -54,48 +57,67 @@ def _render(records: Sequence[Record], sections: Sequence[dict[str, Any]]) -> st
         notes=[note for run in records for note in tables.notes(run, name=not single)],
         tiles=tables.tiles(records[0]) if single else [],
         sections=sections,
+        many=len(records) > 2,
     )
 
 
 def _sections(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
-    """Return the page's sections that have something to show; their figures are saved, too."""
-    each = [
-        ("loss", training.loss),
-        ("deviation", deviations.by_depth),
-        ("deviation", deviations.over_rounds),
-        ("deviation", deviations.spectrum),
-        ("communication", costs.traffic),
-        ("time", costs.seconds_by_phase),
-        ("time", costs.memory_by_phase),
-    ]
-    sections = {
-        name: {"id": name, "title": title, "text": text, "figures": [], "tables": [], "details": []}
-        for name, title, text in tables.SECTIONS
+    """Return the page's sections that have something to show; their figures are saved, too.
+
+    A section has groups of figures and tables. One run's figures are one group; of several runs,
+    those of one kind stand beside each other.
+    """
+    several = len(records) > 1
+
+    def figures(*charts: tuple[Chart | None, Record | None]) -> list[dict[str, str]]:
+        shown = []
+        for chart, run in charts:
+            if chart is not None:
+                chart.save(folder)
+                title = f"{run['name']}: {chart.title}" if several and run else chart.title
+                shown.append({"title": title, "caption": chart.caption, "svg": chart.svg()})
+        return shown
+
+    def of_each(*draws: Draw) -> list[Group]:
+        rows = [figures(*((draw(run, records), run) for run in records)) for draw in draws]
+        rows = rows if several else [[figure for row in rows for figure in row]]
+        return [{"figures": row, "tables": []} for row in rows]
+
+    measured = (deviations.by_depth, deviations.over_rounds, deviations.spectrum)
+    compared = figures((deviations.compared(records), None)) if several else []
+    facts = [tables.facts(records), *tables.data(records)]
+    groups: dict[str, list[Group]] = {
+        "glance": [{"figures": [], "tables": tables.glance(records)}],
+        "scores": [
+            {"figures": figures((training.scores(records), None)), "tables": tables.scores(records)}
+        ],
+        "loss": _with_tables(of_each(training.loss), tables.clients(records)),
+        "deviation": [
+            {"figures": compared, "tables": tables.deviation(records)},
+            *of_each(*measured),
+        ],
+        "kept": [
+            {"figures": figures((deviations.kept(records), None)), "tables": tables.kept(records)}
+        ],
+        "communication": _with_tables(of_each(costs.traffic), tables.communication(records)),
+        "time": of_each(costs.seconds_by_phase, costs.memory_by_phase),
+        "run": [{"figures": [], "tables": facts}],
     }
-
-    def show(name: str, chart: Chart | None, run: Record | None = None) -> None:
-        if chart is not None:
-            chart.save(folder)
-            whose = f"{run['name']}: " if run is not None and len(records) > 1 else ""
-            figure = {"title": whose + chart.title, "caption": chart.caption, "svg": chart.svg()}
-            sections[name]["figures"].append(figure)
-
-    show("scores", training.scores(records))
-    if len(records) > 1:
-        show("deviation", deviations.compared(records))
-    show("kept", deviations.kept(records))
-    for name, draw in each:
-        for run in records:
-            show(name, draw(run), run)
-    sections["scores"]["tables"] = tables.scores(records)
-    sections["kept"]["tables"] = tables.kept(records)
-    for name, make in (("deviation", tables.deviation), ("communication", tables.communication)):
-        sections[name]["tables"] = [table for run in records for table in make(run, records)]
-    sections["run"]["tables"] = [tables.facts(records), *tables.data(records)]
-    sections["run"]["details"] = [
+    sections = []
+    for name, title, text in tables.SECTIONS:
+        shown = [group for group in groups[name] if group["figures"] or group["tables"]]
+        if shown:
+            sections.append({"id": name, "title": title, "text": text, "groups": shown})
+    configs = [
         {"title": f"Whole config of {run['name']}", "text": tables.yaml_of(run)} for run in records
     ]
-    return [x for x in sections.values() if x["figures"] or x["tables"]]
+    return [x | {"details": configs if x["id"] == "run" else []} for x in sections]
+
+
+def _with_tables(groups: list[Group], extra: list[tables.Table]) -> list[Group]:
+    """Put tables beside the last group's figures."""
+    last = groups[-1]
+    return [*groups[:-1], last | {"tables": last["tables"] + extra}]
 
 
 def _named_apart(records: Sequence[Record]) -> list[Record]:

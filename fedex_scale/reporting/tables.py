@@ -15,6 +15,7 @@ from fedex_scale.reporting.training import scores_at, short
 Table = dict[str, Any]
 
 SECTIONS = (
+    ("glance", "At a glance", ""),
     ("scores", "Scores", ""),
     ("loss", "Training", ""),
     (
@@ -31,7 +32,9 @@ SECTIONS = (
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> Table:
-    return {"head": head, "rows": rows, "caption": caption, "facts": False}
+    columns = zip(head, *rows, strict=True)
+    wide = sum(max(map(len, column)) + 3 for column in columns) > 60
+    return {"head": head, "rows": rows, "caption": caption, "facts": False, "wide": wide}
 
 
 def in_one_line(run: Record) -> str:
@@ -66,21 +69,21 @@ def tiles(run: Record) -> list[tuple[str, str]]:
     """Return the few figures to see at a glance, each with what it is."""
     shown = []
     before, after = scores_at(run, 0, before=True), scores_at(run, -1)
-    for name, score in list(after.items())[:2]:
+    for name, score in list(after.items())[:3]:
         first = f"{before[name]['value']:.1%} → " if name in before else ""
-        shown.append((f"{first}{score['value']:.1%}", f"{short(name)}{error_of(score)}"))
+        shown.append((first + score_of(score), short(name)))
     if run["rounds"]:
         last = run["rounds"][-1]
         total = last["deviation"]["total"]
         if total:
-            label = "of the last round's change would be lost by averaging"
+            label = "of the last round's change is lost by averaging the factors"
             shown.append((percent(total["relative"]), label))
         if last["residual_norm"]:
             shown.append((percent(last["kept"]), "of the residual kept in the forward pass"))
     if run["communication"]:
         own = run["communication"][0]
-        sent = f"{size(own['up_bytes'])} up, {size(own['down_bytes'])} down"
-        shown.append((sent, "per client and round"))
+        shown.append((size(own["up_bytes"]), "sent by a client in a round"))
+        shown.append((size(own["down_bytes"]), "received by a client in a round"))
     return [*shown, (duration(run["seconds"]), "from the first event to the last")]
 
 
@@ -100,14 +103,39 @@ def scores(records: Sequence[Record]) -> list[Table]:
     return [table(["task", "examples", "before", *heads], rows, caption="± one standard error.")]
 
 
-def deviation(run: Record, records: Sequence[Record]) -> list[Table]:
-    rows = []
-    for round in run["rounds"]:
-        total = round["deviation"]["total"]
-        if total:
-            rows.append(
-                [
-                    str(round["round"]),
+def clients(records: Sequence[Record]) -> list[Table]:
+    """Return what each client of a run's last round did; of a hundred, the first ones."""
+    found = []
+    for run in records:
+        last = max((client["round"] for client in run["clients"]), default=0)
+        done = [client for client in run["clients"] if client["round"] == last]
+        rows = [
+            [
+                str(client["client"]),
+                f"{client['num_examples']:,}",
+                f"{client['num_steps']:,}",
+                f"{client['first_loss']:.3f} → {client['last_loss']:.3f}",
+                duration(client["seconds"]),
+            ]
+            for client in done[:20]
+        ]
+        about = f"{run['name']}, round" if len(records) > 1 else "Round"
+        about += f" {last}" + f": the first 20 of {len(done)} clients" * (len(done) > 20)
+        if rows:
+            head = ["client", "examples", "steps", "loss", "time"]
+            found.append(table(head, rows, caption=about) | {"wide": False})
+    return found
+
+
+def deviation(records: Sequence[Record]) -> list[Table]:
+    """Return what each round's averaging would have lost, over all layers."""
+    rows, several = [], len(records) > 1
+    for run in records:
+        for round in run["rounds"]:
+            total, note = round["deviation"]["total"], round["deviation"]["note"]
+            values = [note or "", *[""] * 5]
+            if total:
+                values = [
                     percent(total["relative"]),
                     f"{total['scaled']:.2e}",
                     f"{total['cosine']:.6f}",
@@ -115,17 +143,14 @@ def deviation(run: Record, records: Sequence[Record]) -> list[Table]:
                     percent(total["drift"]),
                     f"{total['effective_rank']:.1f}",
                 ]
-            )
-        elif round["deviation"]["note"]:
-            rows.append([str(round["round"]), round["deviation"]["note"], *[""] * 5])
+            rows.append([*[run["name"]] * several, str(round["round"]), *values])
     head = ["round", "of the change", "scaled norm", "cosine", "norm ratio", "drift", "eff. rank"]
     about = (
-        f"{run['name'] + ': a' if len(records) > 1 else 'A'}ll layers together. Residual over the "
-        "round's ideal change; residual over the root of the layers' size; cosine and norm of "
-        "FedAvg's update against the ideal one; distance between clients over their common "
-        "change; mean effective rank of a layer's residual."
+        "All layers together. Residual over the round's ideal change; residual over the root of "
+        "the layers' size; cosine and norm of FedAvg's update against the ideal one; distance "
+        "between clients over their common change; mean effective rank of a layer's residual."
     )
-    return [table(head, rows, caption=about)] if rows else []
+    return [table([*["run"] * several, *head], rows, caption=about)] if rows else []
 
 
 def kept(records: Sequence[Record]) -> list[Table]:
@@ -141,39 +166,48 @@ def kept(records: Sequence[Record]) -> list[Table]:
     return [table([*["run"] * (len(records) > 1), *head], rows)] if rows else []
 
 
-def communication(run: Record, records: Sequence[Record]) -> list[Table]:
-    if not run["communication"]:
-        return []
-    rows = [
-        [
-            ("this run: " if i == 0 else "") + row["label"],
-            str(row["update_rank"] or "-"),
-            f"{millions(row['up'])}, {size(row['up_bytes'])}",
-            f"{millions(row['down'])}, {size(row['down_bytes'])}",
-            size(row["total_bytes"] - row["initial"] * row["initial_dtype_bytes"]),
-            size(row["initial"] * row["initial_dtype_bytes"]) if row["initial"] else "unknown",
+def communication(records: Sequence[Record]) -> list[Table]:
+    """Return what a client sends and receives; the same table is shown once."""
+    found: list[Table] = []
+    for run in records:
+        rows = [
+            [
+                ("this run: " if i == 0 else "") + row["label"],
+                str(row["update_rank"] or "-"),
+                f"{millions(row['up'])}, {size(row['up_bytes'])}",
+                f"{millions(row['down'])}, {size(row['down_bytes'])}",
+                size(row["total_bytes"] - row["initial"] * row["initial_dtype_bytes"]),
+                size(row["initial"] * row["initial_dtype_bytes"]) if row["initial"] else "unknown",
+            ]
+            for i, row in enumerate(run["communication"])
+            if row["initial"] or row["method"] != "full"
         ]
-        for i, row in enumerate(run["communication"])
-        if row["initial"] or row["method"] != "full"
-    ]
-    head = [
-        "per client",
-        "update rank",
-        "up a round",
-        "down a round",
-        "all rounds",
-        "initial model",
-    ]
-    whose = f"{run['name']}: " if len(records) > 1 else ""
-    note = "parameters and bytes; FedEx's residual has rank (K-1) R, where the paper counts K R."
-    return [table(head, rows, caption=whose + note)]
+        head = ["one client", "rank", "up a round", "down a round", "all rounds", "initial model"]
+        about = (
+            "arameters and bytes; FedEx's residual has rank (K-1) R, where the paper counts K R."
+        )
+        about = f"{run['name']}: p{about}" if len(records) > 1 else f"P{about}"
+        if rows:
+            found.append(table(head, rows, caption=about))
+    return found
+
+
+def glance(records: Sequence[Record]) -> list[Table]:
+    """Return where several runs differ, and what came of it, a column a run."""
+    if len(records) < 2:
+        return []
+    rows = [row for row in facts(records)["rows"] if len(set(row[1:])) > 1]
+    results = [{label: value for value, label in tiles(run)} for run in records]
+    labels = list(dict.fromkeys(label for found in results for label in found))
+    rows += [[label, *(found.get(label, "-") for found in results)] for label in labels]
+    return [table(["", *(run["name"] for run in records)], rows) | {"facts": True, "wide": True}]
 
 
 def facts(records: Sequence[Record]) -> Table:
     """Return what was run, a column a run."""
     columns = [_facts(run) for run in records]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return table(["", *(run["name"] for run in records)], rows) | {"facts": True}
+    return table(["", *(run["name"] for run in records)], rows) | {"facts": True, "wide": True}
 
 
 def data(records: Sequence[Record]) -> list[Table]:
@@ -253,10 +287,9 @@ def error_of(score: Record) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share with two significant digits after what is certain: 0.034%, 1.9%, 99.97%."""
+    """Return a share of at least 0 in percent: 0%, 0.034%, 1.92%."""
     value = 100 * share
-    digits = 2 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:.{digits}f}%"
+    return f"{value:.{2 if value >= 1 else 3}f}%" if value else "0%"
 
 
 def count(number: int, what: str) -> str:

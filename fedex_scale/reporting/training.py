@@ -33,16 +33,18 @@ def scores(records: Sequence[Record]) -> Chart | None:
         width = 0.8 / len(bars)
         for i, (label, found) in enumerate(bars):
             color = SERIES[7] if label == "before" else SERIES[(i - (len(bars) > len(records))) % 7]
-            at = [n + (len(bars) / 2 - i - 0.5) * width for n in range(len(names))]
+            at = [n + (i + 0.5 - len(bars) / 2) * width for n in range(len(names))]
             values = [100 * found[n]["value"] if n in found else 0 for n in names]
             errors = [100 * (found[n]["stderr"] or 0) if n in found else 0 for n in names]
-            style = {"ecolor": TEXT, "capsize": 2, "elinewidth": 1}
-            axes.barh(
-                at, values, width * 0.92, xerr=errors, color=color, label=label, error_kw=style
+            style = {"ecolor": TEXT, "capsize": 2, "error_kw": {"elinewidth": 1}}
+            drawn = axes.barh(
+                at, values, 0.9 * width, xerr=errors, color=color, label=label, **style
             )
+            axes.bar_label(drawn, fmt="%.1f%%", padding=4, fontsize=8)
         axes.set_yticks(range(len(names)), [short(name) for name in names])
         axes.invert_yaxis()
-        axes.set_xlim(0, 100)
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
         axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
         axes.grid(visible=False, axis="y")
         legend(figure, axes)
@@ -58,7 +60,7 @@ def scores(records: Sequence[Record]) -> Chart | None:
     )
 
 
-def loss(record: Record) -> Chart | None:
+def loss(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw the training loss of each client, one round after another."""
     lines: dict[tuple[int, int], list[tuple[int, float]]] = {}
     start, longest, last = 0, 0, 0
@@ -90,7 +92,8 @@ def loss(record: Record) -> Chart | None:
                 where = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8}
                 axes.annotate(f" round {round}", (at + 0.5, 1), **where)
         axes.set_xlabel("optimizer step of a client")
-        axes.set_ylim(bottom=0)
+        highest = max(step["loss"] for run in (record, *among) for step in run["steps"])
+        axes.set_ylim(0, 1.05 * highest)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         legend(figure, axes)
 
@@ -98,8 +101,9 @@ def loss(record: Record) -> Chart | None:
     return Chart(
         name=f"{record['name']}-loss",
         title="Training loss of each client",
-        caption="Rounds follow one another; each client starts from the server's model again."
-        + ("" if few else f" {len(clients)} clients, one line each."),
+        caption="Each client starts from the server's model."
+        + " Rounds follow one another." * (len(starts) > 1)
+        + f" {len(clients)} clients, a line each." * (not few),
         columns=columns,
         rows=[[step[column] for column in columns] for step in record["steps"]],
         draw=draw,
