@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import distributed, evaluation, faults, models, phases, record
+from fedex_scale import card, distributed, evaluation, faults, models, phases, record
 from fedex_scale.aggregator import default_side_rank
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
@@ -220,6 +220,7 @@ def _run(
             config, engine, clients, run, saver, pad_id=pad_id, evaluate=evaluate, log=monitor.log
         )
         written = write_final(config, engine, run, state)
+        distributed.on_main(lambda: card.write(run))
         saver.save(replace(saver.place, finished=True))
         keep_record(None)
         monitor.close({"run": run.path, **written})

@@ -33,6 +33,7 @@ ORDER = (
     "config",
     "client",
     "screening",
+    "card",
     "record",
     "communication",
     "aggregator",
