@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+import fedex_scale
 from fedex_scale import communication
 from fedex_scale.adapters import Adapter
 from fedex_scale.errors import UserError
@@ -23,12 +24,12 @@ from fedex_scale.state import RunDir
 
 FORMAT = 1
 REPORT_FILE = "report.json"
-PACKAGES = "fedex_scale torch transformers peft deepspeed lm_eval datasets accelerate".split()
+PACKAGES = "torch transformers peft deepspeed lm_eval datasets accelerate".split()
 
 
 def facts(**known: Any) -> dict[str, Any]:
     """Return what no file of a run tells: versions, the machine, and what the caller knows."""
-    versions = {"python": platform.python_version()}
+    versions = {"fedex_scale": fedex_scale.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
@@ -69,7 +70,7 @@ def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any
         "rounds_planned": planned,
         "config": config,
         "facts": dict(known),
-        "partition": _read_json(run.path / "partition.json"),
+        "partition": _read_json(run.path / "partition.json", "clients"),
         "scores": _scores(run),
         "steps": _of(events, "step"),
         "clients": _of(events, "client"),
@@ -87,14 +88,15 @@ def _of(events: list[dict], name: str) -> list[dict]:
 
 def _round(run: RunDir, number: int) -> dict[str, Any]:
     """Return what was aggregated in a round, and how far averaging would have deviated."""
-    report = _read_json(run.server(number) / "aggregate.json")
+    needed = ("kept", "ideal_norm", "residual_norm", "largest_layer")
+    report = _read_json(run.server(number) / "aggregate.json", *needed)
     file = run.server(number) / "deviation.json"
     note = "not recorded by the version that ran this"
     deviation = {"note": note, "total": None, "layers": []}
     return {
         "round": number,
         **{k: v for k, v in report.items() if k != "layers"},
-        "deviation": _read_json(file) if file.is_file() else deviation,
+        "deviation": _read_json(file, *deviation) if file.is_file() else deviation,
     }
 
 
@@ -109,9 +111,9 @@ def _scores(run: RunDir) -> list[dict[str, Any]]:
     """Return the scores with standard errors, by round and task, as lm-eval computed them."""
     scores = []
     for file in sorted(run.path.glob("evaluations/round-*/results.json")):
-        results = _read_json(file)
+        results = _read_json(file, "results")
         round = int(file.parent.name.removeprefix("round-"))
-        for task, metrics in results.get("results", {}).items():
+        for task, metrics in results["results"].items():
             for key, value in metrics.items():
                 metric, _, rule = key.partition(",")
                 if not isinstance(value, float) or metric.endswith("_stderr"):
@@ -183,8 +185,13 @@ def _read_events(run: RunDir) -> list[dict[str, Any]]:
     return events
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a JSON object that has these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected JSON ({error}); restore this file of the run") from None
+    missing = [key for key in keys if not isinstance(tree, dict) or key not in tree]
+    if missing:
+        raise UserError(f"{path}: expected {', '.join(missing)}, got none; restore this file")
+    return tree

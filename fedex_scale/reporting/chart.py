@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,26 @@ class Chart:
     draw: Callable[[Figure], None] = field(repr=False)
     height: float = 3.0
 
+    @cached_property
     def figure(self) -> Figure:
-        with mpl.rc_context(STYLE | {"svg.hashsalt": self.name}):
+        with mpl.rc_context(STYLE):
             figure = Figure(figsize=(5.2, self.height), layout="constrained")
             self.draw(figure)
         return figure
 
+    @cached_property
+    def file(self) -> str:
+        """The SVG as a file of its own, in the colours of a light page."""
+        out = io.StringIO()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        with mpl.rc_context(STYLE | {"svg.hashsalt": self.name}):
+            self.figure.savefig(out, format="svg", metadata=nothing)
+        return out.getvalue()
+
     def svg(self) -> str:
         """Return the SVG for a page that defines --text, --line, --card and --s1 to --s8."""
-        text = self._svg_file()
-        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        text = self.file[self.file.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
         text = re.sub("#[0-9a-f]{6}", lambda m: PALETTE.get(m[0], m[0]), text)
@@ -103,18 +114,10 @@ class Chart:
     def save(self, folder: Path) -> None:
         """Write NAME.svg, NAME.png and NAME.csv."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.svg").write_text(self._svg_file(), encoding="utf-8")
+        (folder / f"{self.name}.svg").write_text(self.file, encoding="utf-8")
         with mpl.rc_context(STYLE):
-            self.figure().savefig(folder / f"{self.name}.png", dpi=160)
+            self.figure.savefig(folder / f"{self.name}.png", dpi=150)
         with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns)
             writer.writerows(self.rows)
-
-    def _svg_file(self) -> str:
-        out = io.StringIO()
-        with mpl.rc_context(STYLE | {"svg.hashsalt": self.name}):
-            figure = self.figure()
-            nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-            figure.savefig(out, format="svg", metadata=nothing)
-        return out.getvalue()
