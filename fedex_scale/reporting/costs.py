@@ -20,7 +20,7 @@ _COLORS = {
 }
 
 
-def traffic(record: Record, among: Sequence[Record] = ()) -> Chart | None:
+def traffic(record: Record) -> Chart | None:
     """Draw what a client sends and receives in a round under each method."""
     rows = [row for row in record["communication"] if row["method"] != "full"]
     if not rows:

@@ -159,6 +159,40 @@ def kept(records: Sequence[Record]) -> Chart | None:
     )
 
 
+def observations(record: Record) -> dict[str, float]:
+    """Return the deviation of Q over V, of the deeper half over the other, and over rounds.
+
+    Each is a quotient of root mean squares over layers: the first two in the last round.
+    """
+    rounds = [
+        [(x["layer"], x["scaled"]) for x in r["deviation"]["layers"]] for r in _measured(record)
+    ]
+    if not rounds:
+        return {}
+    middle = max(depth(layer) for layer, _ in rounds[-1]) / 2
+    parts = {
+        "Q over V": [
+            [y for layer, y in rounds[-1] if projection(layer) == name] for name in ("Q", "V")
+        ],
+        "deeper half over shallower half": [
+            [y for layer, y in rounds[-1] if (depth(layer) > middle) == deep]
+            for deep in (True, False)
+        ],
+        "last round over first": [[y for _, y in round] for round in (rounds[-1], rounds[0])],
+    }
+    if len(rounds) < 2:
+        del parts["last round over first"]
+    return {
+        name: _root_mean_square(top) / _root_mean_square(bottom)
+        for name, (top, bottom) in parts.items()
+        if any(top) and any(bottom)
+    }
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return (sum(x * x for x in values) / len(values)) ** 0.5
+
+
 def projection(layer: str) -> str:
     """Return what a layer is called in figures: Q, K, V, O, gate, up, down, or its last name."""
     for name, endings in PROJECTIONS.items():
@@ -195,8 +229,7 @@ def _means_by_round(record: Record) -> Lines:
         for layer in round["deviation"]["layers"]:
             sums.setdefault(projection(layer["layer"]), []).append(layer["scaled"])
         for name, values in sums.items():
-            mean = (sum(x * x for x in values) / len(values)) ** 0.5
-            lines.setdefault(name, []).append((round["round"], mean))
+            lines.setdefault(name, []).append((round["round"], _root_mean_square(values)))
     return lines
 
 

@@ -86,6 +86,9 @@ def _sections(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
     measured = (deviations.by_depth, deviations.over_rounds, deviations.spectrum)
     compared = figures((deviations.compared(records), None)) if several else []
     facts = [tables.facts(records), *tables.data(records)]
+    alike = all(run["communication"] == records[0]["communication"] for run in records)
+    sending = records[:1] if alike else records
+    traffic = figures(*((costs.traffic(run), None if alike else run) for run in sending))
     groups: dict[str, list[Group]] = {
         "glance": [{"figures": [], "tables": tables.glance(records)}],
         "scores": [
@@ -99,7 +102,7 @@ def _sections(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
         "kept": [
             {"figures": figures((deviations.kept(records), None)), "tables": tables.kept(records)}
         ],
-        "communication": _with_tables(of_each(costs.traffic), tables.communication(records)),
+        "communication": [{"figures": traffic, "tables": tables.communication(sending)}],
         "time": of_each(costs.seconds_by_phase, costs.memory_by_phase),
         "run": [{"figures": [], "tables": facts}],
     }

@@ -10,6 +10,7 @@ import yaml
 
 from fedex_scale.communication import millions, size
 from fedex_scale.reporting.chart import Record
+from fedex_scale.reporting.deviations import observations
 from fedex_scale.reporting.training import scores_at, short
 
 Table = dict[str, Any]
@@ -33,7 +34,7 @@ SECTIONS = (
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> Table:
     columns = zip(head, *rows, strict=True)
-    wide = sum(max(map(len, column)) + 3 for column in columns) > 60
+    wide = sum(max(map(len, column)) + 4 for column in columns) > 80
     return {"head": head, "rows": rows, "caption": caption, "facts": False, "wide": wide}
 
 
@@ -84,7 +85,8 @@ def tiles(run: Record) -> list[tuple[str, str]]:
         own = run["communication"][0]
         shown.append((size(own["up_bytes"]), "sent by a client in a round"))
         shown.append((size(own["down_bytes"]), "received by a client in a round"))
-    return [*shown, (duration(run["seconds"]), "from the first event to the last")]
+    wall = sum(lap["wall_s"] for lap in run["phases"]) or run["seconds"]
+    return [*shown, (duration(wall), "wall time")]
 
 
 def scores(records: Sequence[Record]) -> list[Table]:
@@ -150,7 +152,24 @@ def deviation(records: Sequence[Record]) -> list[Table]:
         "the layers' size; cosine and norm of FedAvg's update against the ideal one; distance "
         "between clients over their common change; mean effective rank of a layer's residual."
     )
-    return [table([*["run"] * several, *head], rows, caption=about)] if rows else []
+    tables = [table([*["run"] * several, *head], rows, caption=about)] if rows else []
+    return [*_observations(records), *tables]
+
+
+def _observations(records: Sequence[Record]) -> list[Table]:
+    """Return quotients of deviations that answer what the paper observed of its models."""
+    found = {run["name"]: observations(run) for run in records}
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = [
+        [name, *(f"{values[name]:.2f}" if name in values else "-" for values in found.values())]
+        for name in names
+    ]
+    about = (
+        "Quotients of scaled norms, each a root mean square. The paper finds the first above 1, "
+        "and the others below."
+    )
+    heads = list(found) if len(records) > 1 else ["quotient"]
+    return [table(["", *heads], rows, caption=about)] if rows else []
 
 
 def kept(records: Sequence[Record]) -> list[Table]:
@@ -264,7 +283,7 @@ def _facts(run: Record) -> dict[str, str]:
         "clients": f"{partition['num_clients']}, {partition['kind']}"
         + (f", alpha {partition['alpha']:g}" if partition["kind"] == "dirichlet" else "")
         + (f", {federation['client_fraction']:.0%} a round" * (federation["client_fraction"] < 1)),
-        "rounds": f"{federation['rounds']} of {count(train['local_epochs'], 'local epoch')}, "
+        "rounds": f"{federation['rounds']}, with {count(train['local_epochs'], 'local epoch')}, "
         f"init: {federation['init']}",
         "training": f"{train['optimizer']}, {train['schedule']} from {train['learning_rate']:g}, "
         f"batches of {train['batch_size']}",

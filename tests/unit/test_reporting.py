@@ -167,3 +167,21 @@ def test_percent(share: float, text: str) -> None:
 
 def test_duration() -> None:
     assert [tables.duration(x) for x in (3.2, 75, 7260)] == ["3 s", "1 min 15 s", "2 h 1 min"]
+
+
+def test_observations_are_quotients_of_root_mean_squares() -> None:
+    def round(number: int, factor: float) -> dict:
+        norms = {("q", 0): 3, ("q", 1): 4, ("v", 0): 1, ("v", 1): 2}
+        layers = [
+            {"layer": f"layers.{depth}.{name}_proj", "scaled": factor * norm}
+            for (name, depth), norm in norms.items()
+        ]
+        return {"round": number, "deviation": {"layers": layers}}
+
+    found = deviations.observations({"rounds": [round(1, 2.0), round(2, 1.0)]})
+    assert found == {
+        "Q over V": pytest.approx((25 / 5) ** 0.5),
+        "deeper half over shallower half": pytest.approx((20 / 10) ** 0.5),
+        "last round over first": pytest.approx(0.5),
+    }
+    assert deviations.observations({"rounds": []}) == {}
