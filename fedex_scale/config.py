@@ -57,6 +57,10 @@ class RunSection:
             raise UserError(f"run.save_steps: expected at least 1 or none, got {self.save_steps}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise UserError(f"run.name: expected a plain name, got {self.name!r}; try my_run")
+        if any(step < 1 for step in self.profile_steps):
+            raise UserError(
+                f"run.profile_steps: expected numbers from 1, got {list(self.profile_steps)}"
+            )
         known = ("tensorboard", "wandb", "trackio")
         for tracker in self.trackers:
             if tracker not in known:

@@ -12,6 +12,7 @@ import torch
 from resuming import write_config
 
 from fedex_scale import phases
+from fedex_scale.cli import main
 from fedex_scale.phases import phase
 from fedex_scale.run import run_config
 
@@ -65,3 +66,13 @@ def test_phases_of_a_run_add_up_to_its_wall_time(tiny_llama: Path, tmp_path: Pat
     trace = json.loads(gzip.decompress((run / "profile" / "step-0002.json.gz").read_bytes()))
     assert len(trace["traceEvents"]) > 100
     assert len(list((run / "profile").iterdir())) == 1
+
+
+def test_the_command_line_names_steps_to_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "fedex_scale.run.run_config", lambda config, overrides: asked.append(overrides)
+    )
+    with pytest.raises(SystemExit):
+        main(["run", "--config", "run.yaml", "--profile", "3,4"])
+    assert asked == [["run.profile_steps=[3,4]"]]
