@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedex_scale import record
 from fedex_scale.errors import UserError
-from fedex_scale.reporting import costs, deviations, tables, training
+from fedex_scale.reporting import costs, deviations, settings, tables, training, words
 from fedex_scale.reporting.chart import Chart, Record
 from fedex_scale.state import RunDir
 
@@ -53,7 +53,7 @@ def _render(records: Sequence[Record], sections: Sequence[dict[str, Any]]) -> st
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return pages.get_template("page.html.j2").render(
         title=title,
-        subtitle=tables.in_one_line(records[0]) if single else names,
+        subtitle=settings.in_one_line(records[0]) if single else names,
         notes=[note for run in records for note in tables.notes(run, name=not single)],
         tiles=tables.tiles(records[0]) if single else [],
         sections=sections,
@@ -62,10 +62,26 @@ def _render(records: Sequence[Record], sections: Sequence[dict[str, Any]]) -> st
 
 
 def _sections(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
-    """Return the page's sections that have something to show; their figures are saved, too.
+    """Return the page's sections that have something to show; their figures are saved, too."""
+    groups = _groups(records, folder)
+    configs = [
+        {"title": f"Whole config of {run['name']}", "text": settings.yaml_of(run)}
+        for run in records
+    ]
+    sections = []
+    for name, title, text in tables.SECTIONS:
+        shown = [group for group in groups[name] if group["figures"] or group["tables"]]
+        details = configs if name == "run" else []
+        if shown:
+            about = {"id": name, "title": title, "text": text}
+            sections.append({**about, "groups": shown, "details": details})
+    return sections
 
-    A section has groups of figures and tables. One run's figures are one group; of several runs,
-    those of one kind stand beside each other.
+
+def _groups(records: Sequence[Record], folder: Path) -> dict[str, list[Group]]:
+    """Return each section's groups of figures and tables.
+
+    One run's figures are one group; of several runs, those of one kind stand beside each other.
     """
     several = len(records) > 1
 
@@ -78,49 +94,30 @@ def _sections(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
                 shown.append({"title": title, "caption": chart.caption, "svg": chart.svg()})
         return shown
 
-    def of_each(*draws: Draw) -> list[Group]:
+    def of_all(chart: Chart | None, beside: list[words.Table]) -> Group:
+        return {"figures": figures((chart, None)), "tables": beside}
+
+    def of_each(*draws: Draw, beside: Sequence[words.Table] = ()) -> list[Group]:
         rows = [figures(*((draw(run, records), run) for run in records)) for draw in draws]
         rows = rows if several else [[figure for row in rows for figure in row]]
-        return [{"figures": row, "tables": []} for row in rows]
+        last = len(rows) - 1
+        return [{"figures": x, "tables": beside if i == last else []} for i, x in enumerate(rows)]
 
-    measured = (deviations.by_depth, deviations.over_rounds, deviations.spectrum)
-    compared = figures((deviations.compared(records), None)) if several else []
-    facts = [tables.facts(records), *tables.data(records)]
     alike = all(run["communication"] == records[0]["communication"] for run in records)
     sending = records[:1] if alike else records
     traffic = figures(*((costs.traffic(run), None if alike else run) for run in sending))
-    groups: dict[str, list[Group]] = {
-        "glance": [{"figures": [], "tables": tables.glance(records)}],
-        "scores": [
-            {"figures": figures((training.scores(records), None)), "tables": tables.scores(records)}
-        ],
-        "loss": _with_tables(of_each(training.loss), tables.clients(records)),
-        "deviation": [
-            {"figures": compared, "tables": tables.deviation(records)},
-            *of_each(*measured),
-        ],
-        "kept": [
-            {"figures": figures((deviations.kept(records), None)), "tables": tables.kept(records)}
-        ],
+    compared = deviations.compared(records) if several else None
+    measured = (deviations.by_depth, deviations.over_rounds, deviations.spectrum)
+    return {
+        "glance": [of_all(None, tables.glance(records))],
+        "scores": [of_all(training.scores(records), tables.scores(records))],
+        "loss": of_each(training.loss, beside=tables.clients(records)),
+        "deviation": [of_all(compared, tables.deviation(records)), *of_each(*measured)],
+        "kept": [of_all(deviations.kept(records), tables.kept(records))],
         "communication": [{"figures": traffic, "tables": tables.communication(sending)}],
         "time": of_each(costs.seconds_by_phase, costs.memory_by_phase),
-        "run": [{"figures": [], "tables": facts}],
+        "run": [of_all(None, [settings.facts(records), *settings.data(records)])],
     }
-    sections = []
-    for name, title, text in tables.SECTIONS:
-        shown = [group for group in groups[name] if group["figures"] or group["tables"]]
-        if shown:
-            sections.append({"id": name, "title": title, "text": text, "groups": shown})
-    configs = [
-        {"title": f"Whole config of {run['name']}", "text": tables.yaml_of(run)} for run in records
-    ]
-    return [x | {"details": configs if x["id"] == "run" else []} for x in sections]
-
-
-def _with_tables(groups: list[Group], extra: list[tables.Table]) -> list[Group]:
-    """Put tables beside the last group's figures."""
-    last = groups[-1]
-    return [*groups[:-1], last | {"tables": last["tables"] + extra}]
 
 
 def _named_apart(records: Sequence[Record]) -> list[Record]:

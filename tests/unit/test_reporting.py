@@ -15,7 +15,7 @@ from resuming import write_config
 
 from fedex_scale import record
 from fedex_scale.errors import UserError
-from fedex_scale.reporting import costs, deviations, tables, training
+from fedex_scale.reporting import costs, deviations, training, words
 from fedex_scale.reporting.page import write_report
 from fedex_scale.run import run_config
 from fedex_scale.state import RunDir
@@ -162,11 +162,11 @@ def test_many_clients_are_drawn_without_a_legend(runs: Runs, tiny_llama: Path) -
     ("share", "text"), [(0, "0%"), (1e-5, "0.001%"), (0.0192, "1.92%"), (1, "100.00%")]
 )
 def test_percent(share: float, text: str) -> None:
-    assert tables.percent(share) == text
+    assert words.percent(share) == text
 
 
 def test_duration() -> None:
-    assert [tables.duration(x) for x in (3.2, 75, 7260)] == ["3 s", "1 min 15 s", "2 h 1 min"]
+    assert [words.duration(x) for x in (3.2, 75, 7260)] == ["3 s", "1 min 15 s", "2 h 1 min"]
 
 
 def test_observations_are_quotients_of_root_mean_squares() -> None:
