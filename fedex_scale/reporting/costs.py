@@ -6,18 +6,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from fedex_scale.phases import PHASES
 from fedex_scale.reporting.chart import SERIES, Chart, Record, legend
 
-_COLORS = {
-    "training": 0,
-    "evaluating": 1,
-    "folding": 2,
-    "client switch": 3,
-    "checkpointing": 4,
-    "load": 5,
-    "writing": 6,
-    "other": 7,
-}
+_COLORS = dict(zip(PHASES, (5, 3, 0, 6, 2, 1, 4, 7), strict=True))
 
 
 def traffic(record: Record) -> Chart | None:
@@ -56,7 +48,7 @@ def traffic(record: Record) -> Chart | None:
 def seconds_by_phase(record: Record, among: Sequence[Record] = ()) -> Chart | None:
     """Draw where the wall time of each round went."""
     laps = [lap for lap in record["phases"] if lap["wall_s"] > 0]
-    names = list(dict.fromkeys(name for lap in laps for name in lap["phases"]))
+    names = [name for name in PHASES if any(name in lap["phases"] for lap in laps)]
     if not laps:
         return None
     shown = laps[:1] + laps[1:][-11:]
@@ -101,6 +93,7 @@ def memory_by_phase(record: Record, among: Sequence[Record] = ()) -> Chart | Non
             host, device = usage["peak_bytes"], usage.get("peak_device_bytes", 0)
             old = peaks.setdefault(name, [0.0, 0.0])
             peaks[name] = [max(old[0], host / 1e9), max(old[1], device / 1e9)]
+    peaks = {name: peaks[name] for name in PHASES if name in peaks}
     if not any(host for host, _ in peaks.values()):
         return None
     parts = ["host"] + ["accelerator"] * any(device for _, device in peaks.values())

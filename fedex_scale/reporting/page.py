@@ -107,12 +107,16 @@ def _groups(records: Sequence[Record], folder: Path) -> dict[str, list[Group]]:
     sending = records[:1] if alike else records
     traffic = figures(*((costs.traffic(run), None if alike else run) for run in sending))
     compared = deviations.compared(records) if several else None
+    quotients = tables.observed(records)
     measured = (deviations.by_depth, deviations.over_rounds, deviations.spectrum)
     return {
         "glance": [of_all(None, tables.glance(records))],
         "scores": [of_all(training.scores(records), tables.scores(records))],
         "loss": of_each(training.loss, beside=tables.clients(records)),
-        "deviation": [of_all(compared, tables.deviation(records)), *of_each(*measured)],
+        "deviation": [
+            of_all(compared, [*(quotients if several else []), *tables.deviation(records)]),
+            *of_each(*measured, beside=[] if several else quotients),
+        ],
         "kept": [of_all(deviations.kept(records), tables.kept(records))],
         "communication": [{"figures": traffic, "tables": tables.communication(sending)}],
         "time": of_each(costs.seconds_by_phase, costs.memory_by_phase),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedex_scale.communication import millions, size
 from fedex_scale.reporting.chart import Record
-from fedex_scale.reporting.deviations import observations
+from fedex_scale.reporting.deviations import depth, observations, projection
 from fedex_scale.reporting.settings import facts
 from fedex_scale.reporting.training import scores_at, short
 from fedex_scale.reporting.words import Table, count, duration, percent, score_of, table
@@ -57,7 +57,7 @@ def tiles(run: Record) -> list[tuple[str, str]]:
         last = run["rounds"][-1]
         total = last["deviation"]["total"]
         if total:
-            label = "of the last round's change is lost by averaging the factors"
+            label = "of the last round's change is what averaging the factors loses"
             shown.append((percent(total["relative"]), label))
         if last["residual_norm"]:
             shown.append((percent(last["kept"]), "of the residual kept in the forward pass"))
@@ -132,11 +132,10 @@ def deviation(records: Sequence[Record]) -> list[Table]:
         "the layers' size; cosine and norm of FedAvg's update against the ideal one; distance "
         "between clients over their common change; mean effective rank of a layer's residual."
     )
-    tables = [table([*["run"] * several, *head], rows, caption=about)] if rows else []
-    return [*_observations(records), *tables]
+    return [table([*["run"] * several, *head], rows, caption=about)] if rows else []
 
 
-def _observations(records: Sequence[Record]) -> list[Table]:
+def observed(records: Sequence[Record]) -> list[Table]:
     """Return quotients of deviations that answer what the paper observed of its models."""
     found = {run["name"]: observations(run) for run in records}
     names = list(dict.fromkeys(name for values in found.values() for name in values))
@@ -159,9 +158,11 @@ def kept(records: Sequence[Record]) -> list[Table]:
             name = [run["name"]] if len(records) > 1 else []
             added = round["residual_norm"]
             share = percent(added / round["ideal_norm"]) if round["ideal_norm"] else "-"
-            values = [f"{round['kept']:.4%}", round["largest_layer"]] if added else ["-", "-"]
+            largest = round["largest_layer"]
+            where = f"{projection(largest)} of layer {depth(largest)}"
+            values = [f"{round['kept']:.4%}", where] if added else ["-", "-"]
             rows.append([*name, str(round["round"]), share if added else "nothing", *values])
-    head = ["round", "added, of the update", "kept", "layer with the largest part"]
+    head = ["round", "added, of the update", "kept", "largest part"]
     return [table([*["run"] * (len(records) > 1), *head], rows)] if rows else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ def scores(records: Sequence[Record]) -> Chart | None:
             color = SERIES[7] if label == "before" else SERIES[(i - (len(bars) > len(records))) % 7]
             at = [n + (i + 0.5 - len(bars) / 2) * width for n in range(len(names))]
             values = [100 * found[n]["value"] if n in found else 0 for n in names]
-            errors = [100 * (found[n]["stderr"] or 0) if n in found else 0 for n in names]
+            errors = [100 * _error(found.get(n)) for n in names]
             style = {"ecolor": TEXT, "capsize": 2, "error_kw": {"elinewidth": 1}}
             drawn = axes.barh(
                 at, values, 0.9 * width, xerr=errors, color=color, label=label, **style
@@ -58,6 +59,11 @@ def scores(records: Sequence[Record]) -> Chart | None:
         draw=draw,
         height=1.2 + 0.22 * len(names) * len(bars) + 0.2 * len(names),
     )
+
+
+def _error(score: Record | None) -> float:
+    """Return the standard error; NaN, for which no whisker is drawn, where there is none."""
+    return math.nan if score is None or score["stderr"] is None else score["stderr"]
 
 
 def loss(record: Record, among: Sequence[Record] = ()) -> Chart | None:
