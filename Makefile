@@ -47,7 +47,7 @@ lint: install  ## Check style and format
 	$(BIN)/ruff format --check .
 
 bench: install model  ## Run every benchmark, one after another
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	set -e; for file in $(filter-out %/common.py %/files.py %/methods.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:  ## Remove .venv and caches; models, data and runs stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

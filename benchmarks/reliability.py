@@ -49,19 +49,19 @@ def main() -> None:
 
 def rows(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the table's rows, each when it has been measured."""
-    if options.kills or options.rank_kills or options.mutations or options.full_disks:
-        config = str(prepare(folder))
+    seed = options.seed
     if options.kills:
-        arguments = (config, options.kills, options.seed, 0, "run.dir=" + str(folder / "runs"))
-        yield kill_row("kill -9, plain PyTorch", start("kills.py", *arguments[:4]))
+        seen = start("kills.py", prepare(folder / "plain"), options.kills, seed, 0)
+        yield kill_row("kill -9, plain PyTorch", seen)
     if options.rank_kills:
         zero3 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
-        seen = start("kills.py", config, options.rank_kills, options.seed, 2, zero3)
+        seen = start("kills.py", prepare(folder / "zero3"), options.rank_kills, seed, 2, zero3)
         yield kill_row("kill -9 of one rank of 2, ZeRO-3", seen)
     if options.mutations:
-        yield mutation_row(folder, options.mutations, options.seed)
+        yield mutation_row(prepare(folder / "mutations"), options.mutations, seed)
     if options.full_disks:
         unshare = ("unshare", "--map-root-user", "--mount")
+        config = prepare(folder / "disks")
         seen = start("full_disk.py", config, options.full_disks, before=unshare)
         good = sum(x["stopped"] and x["lines"] == 1 and x["same"] for x in seen)
         yield "full disk (tmpfs)", str(len(seen)), f"{good} stop on one line, go on, bit-equal"
@@ -71,6 +71,7 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
 
 def prepare(folder: Path) -> Path:
     """Write the tiny model and the config, in a process of their own, as forks want none."""
+    folder.mkdir()
     program = (
         "import sys; from pathlib import Path; from tiny import make_llama; "
         "from resuming import write_config; folder = Path(sys.argv[1]); "
@@ -101,14 +102,15 @@ def kill_row(what: str, seen: list[dict]) -> tuple[str, str, str]:
     return where, str(len(seen)), f"{good} resume bit-equal, {orphans} orphans"
 
 
-def mutation_row(folder: Path, count: int, seed: int) -> tuple[str, str, str]:
+def mutation_row(config: Path, count: int, seed: int) -> tuple[str, str, str]:
     program = "import sys; from fedex_scale.run import run_config; run_config(*eval(sys.argv[1]))"
     overrides = ["run.name=source", "federation.rounds=1", "evaluation.tasks=[]"]
     overrides += ["evaluation.data=null"]
-    source = repr((str(folder / "run.yaml"), overrides))
+    source = repr((str(config), overrides))
     subprocess.run(
         [sys.executable, "-c", program, source], env=ENVIRONMENT, check=True, capture_output=True
     )
+    folder = config.parent
     place = folder / "mutated"
     place.mkdir()
     each = -(-count // 3)  # of three kinds of readers

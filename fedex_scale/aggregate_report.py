@@ -97,10 +97,11 @@ class AggregateReport:
         """Return one plain line where most of the residual was lost, and None otherwise."""
         if self.kept >= 0.5:
             return None
+        remedy = "raise side_rank" if section.fold == "side" else "use fold: side"
         return (
             f"only {max(0.0, self.kept):.1%} of this round's residual reached the forward pass: "
-            f"adding it to the base with fold: {section.fold} rounds most of it away; "
-            "use fold: side, or a float32 base"
+            f"the base's dtype rounds away most of what fold: {section.fold} adds to it; "
+            f"{remedy}, or take a float32 base"
         )
 
 

@@ -148,22 +148,22 @@ def aggregate(
         update = METHODS[method.name].update(clients, previous, method, generator)
         sinks.adapter(layer, update.pair)
         _send_corrections(layer, update, clients, sinks)
-        streamed = is_streamed(len(clients.pairs), round.rank)
-        if sinks.deviation is not None:
-            sinks.deviation(layer, None if streamed else measure(clients, previous))
-        ideal_norm = residual_norm = missed = 0.0
+        ideal_norm = residual_norm = missed = in_side = 0.0
         rest = update.base_update
-        if rest and not streamed:
+        if not is_streamed(len(clients.pairs), round.rank):
             rest = list(rest)
-        if not isinstance(rest, Sequence) and section.fold != "side":
-            crossed[layer] = _cross_terms(update, clients.scaling)
-        else:
+        few = isinstance(rest, Sequence)
+        if sinks.deviation is not None:
+            sinks.deviation(layer, measure(clients, previous) if few else None)
+        if few:
             ideal_norm = norm_of_sum(ideal_update(clients))
             residual_norm = norm_of_sum(rest) if rest else 0.0
         if rest:
             sinks.residual(layer, rest)
-            if section.fold == "side":
-                missed, rest = _into_side(layer, rest, round, sinks, side_dtype)
+        if rest and section.fold == "side":
+            missed, in_side, rest = _into_side(layer, rest, round, sinks, side_dtype)
+        if not few:
+            crossed[layer] = (in_side, _cross_terms(update, clients.scaling))
         stats[layer] = fold(target, rest, carry=section.fold != "round")
         report.layers.append(LayerReport(layer, ideal_norm, residual_norm, missed, update.note))
         on_layer(layer)
@@ -174,8 +174,8 @@ def aggregate(
 def _cross_terms(update: LayerUpdate, scaling: float) -> float:
     """Return ||P||^2 + 2 <P, U> of a pair's product P and a base update U of many pieces.
 
-    With ||U||^2, which the fold finds out, that is ||P + U||^2, the ideal update's: methods of many
-    pieces are exact. A norm of its own would cost as much as the fold.
+    With ||U||^2, which comes from the fold, that is ||P + U||^2, the ideal update's: methods of
+    many pieces are exact. A norm of its own would cost as much as the fold.
     """
     product = LowRank(update.pair.B_OR * scaling, update.pair.A_RI)
     return norm(product) ** 2 + 2 * sum(inner(product, piece) for piece in update.base_update)
@@ -204,37 +204,49 @@ def _send_corrections(layer: str, update: LayerUpdate, clients: Clients, sinks: 
 
 def _into_side(
     layer: str, update: Iterable[LowRank], round: Round, sinks: Sinks, dtype: torch.dtype
-) -> tuple[float, Iterable[LowRank]]:
-    """Put a base update into the side adapter; return what it misses, and what overflows.
+) -> tuple[float, float, Iterable[LowRank]]:
+    """Put a base update into the side adapter.
 
-    The best rank-`side_rank` part of the old side adapter plus the update is kept. What the
-    forward pass misses of it is its rounding to `dtype`; the overflow is for the base.
+    The best rank-`side_rank` part of the old side adapter plus the update is kept; of many pieces
+    one that is nearly the best, as what overflows is not lost: it is for the base.
+
+    Returns:
+        What the forward pass misses of it, as it rounds to `dtype`; of many pieces how much of the
+        update's squared norm is not in the overflow's; the overflow.
     """
-    few = isinstance(update, Sequence)
-    parts = update
+    old = None
     if round.side is not None:
-        old = round.side.pair(layer)
-        device = next(iter(update)).U_OP.device
-        first = LowRank(old.B_OR.float().to(device), old.A_RI.float().to(device))
-        parts = [first, *update] if few else Pieces(lambda: chain([first], update))
-    if few:
-        kept, rest = compress(stack(*parts), round.side_rank)
+        pair, device = round.side.pair(layer), next(iter(update)).U_OP.device
+        old = LowRank(pair.B_OR.float().to(device), pair.A_RI.float().to(device))
+    first = [] if old is None else [old]
+    in_side = 0.0
+    if isinstance(update, Sequence):
+        kept, rest = compress(stack(*first, *update), round.side_rank)
         overflow = [rest] if rest.U_OP.any() else []
     else:
-        kept, overflow = compress_pieces(parts, round.side_rank)
+        parts = Pieces(lambda: chain(first, update))
+        kept, overflow = compress_pieces(parts, round.side_rank, nearly=True)
+        in_side = norm(kept) ** 2  # a projection of the parts' sum: orthogonal to the overflow
+        if old is not None:
+            in_side -= norm(old) ** 2 + 2 * sum(inner(old, piece) for piece in update)
     sinks.side(layer, kept)
     seen = LowRank(*(factor.to(dtype).float() for factor in kept))
     missed = norm(stack(seen, LowRank(-kept.U_OP, kept.V_PI)))
-    return missed, overflow
+    return missed, in_side, overflow
 
 
 def _add_stats(
     report: AggregateReport,
     targets: Mapping[str, Target],
     stats: Mapping[str, FoldStats],
-    crossed: Mapping[str, float],
+    crossed: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Add what the folds found to the report, summed over the ranks' shards."""
+    """Add what the folds found to the report, summed over the ranks' shards.
+
+    Args:
+        crossed: where the pieces are many, what the squared norm of the update has besides the
+            fold's, and what the ideal update's has besides the update's.
+    """
     ranks = distributed.world_size()
     shares = [1 / ranks if targets[layer].is_whole else 1.0 for layer in stats]
     local = [
@@ -243,12 +255,13 @@ def _add_stats(
     sums = distributed.sum_over_ranks(*local)
     for i, layer in enumerate(report.layers):
         intended, missed = sums[2 * i], sums[2 * i + 1]
-        report.base_changed |= intended > 0
+        report.base_changed |= intended > 0 and targets[layer.layer].writable
         total = math.hypot(layer.missed_norm, math.sqrt(missed))
         layer = replace(layer, missed_norm=total)
         if layer.layer in crossed:
-            ideal = math.sqrt(max(0.0, crossed[layer.layer] + intended))
-            layer = replace(layer, ideal_norm=ideal, residual_norm=math.sqrt(intended))
+            update = max(0.0, intended + crossed[layer.layer][0])
+            ideal = max(0.0, update + crossed[layer.layer][1])
+            layer = replace(layer, ideal_norm=math.sqrt(ideal), residual_norm=math.sqrt(update))
         report.layers[i] = layer
 
 

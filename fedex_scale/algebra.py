@@ -159,10 +159,10 @@ def residual(clients: Clients, mean: Pair, *, max_rank: int = MAX_RANK) -> Piece
     heaviest = _heaviest(clients)
 
     def pieces() -> Iterator[LowRank]:
-        anchor_RI = clients.pairs[heaviest].A_RI.double()
+        anchor_RI = clients.pairs[heaviest].A_RI.float()
 
         def block(k: int) -> LowRank:
-            pair = clients.pairs[k].double()
+            pair = clients.pairs[k].float()  # two float32's difference is rounded once, in float32
             return LowRank((pair.B_OR - mean.B_OR) * _share(clients, k), pair.A_RI - anchor_RI)
 
         return _pack(block, _others(clients, heaviest), mean, max_rank)
@@ -221,6 +221,8 @@ def _pack(
     """
     rank = like.A_RI.shape[0]
     per_piece = max(1, max_rank // rank)
+    if len(ks) > per_piece:
+        per_piece = max(1, per_piece // 2)  # of a stream, no piece need be as wide
 
     def piece(some: Sequence[int]) -> LowRank:
         U_OP = like.B_OR.new_empty(like.B_OR.shape[0], len(some) * rank, dtype=float32)

@@ -271,6 +271,8 @@ def _set_up_libraries() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for name in ("bitsandbytes", "transformers", "DeepSpeed", "lm_eval", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its level anew when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -156,7 +156,8 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    engine.model.train()
+    if not engine.model.training:  # a walk over all modules costs milliseconds
+        engine.model.train()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
@@ -201,6 +202,12 @@ def fold_targets(engine: Engine) -> dict[str, Target]:
     targets = {}
     for name, layer in engine.layers.items():
         weight, transposed = layer.get_base_layer().weight, bool(layer.fan_in_fan_out)
+        if not weight.is_floating_point():  # packed by bitsandbytes
+            shape = (layer.out_features, layer.in_features)
+            targets[name] = Target(
+                shape=shape, numel=math.prod(shape), device=engine.device, writable=False
+            )
+            continue
         if not hasattr(weight, "ds_tensor"):
             flat, shape = weight.data.view(-1), tuple(weight.shape)
             targets[name] = Target(flat=flat, shape=shape, transposed=transposed)

@@ -15,6 +15,7 @@ from fedex_scale.aggregator import (
     Round,
     base_update_rank,
     check_clients,
+    default_side_rank,
     is_streamed,
 )
 from fedex_scale.algebra import MAX_RANK, normalise_weights
@@ -34,7 +35,10 @@ def prepare(job: Job) -> Plan:
     update_rank = base_update_rank(job.method, len(adapters), rank)
     side_rank = 0
     if job.section.fold == "side" and update_rank:
-        side_rank = job.section.side_rank or min(update_rank, MAX_RANK)
+        most = default_side_rank(job.method, len(adapters), rank)
+        if not is_streamed(len(adapters), rank):
+            most = min(update_rank, MAX_RANK)
+        side_rank = job.section.side_rank or most
     if job.method.assign == "keep" and (
         side_rank < update_rank or is_streamed(len(adapters), rank)
     ):

@@ -127,11 +127,9 @@ def add_adapters(
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _linear(m)})
-        raise UserError(
-            f"lora.target_modules: expected names of modules in {model.config.model_type}, "
-            f"got {targets}, which match nothing; choose from {', '.join(names)}"
-        ) from None
+        raise _no_match(targets, model) from None
+    if isinstance(targets, list):
+        _check_every_name_matches(targets, peft_model)
     if side_rank:
         side = LoraConfig(
             r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
@@ -139,6 +137,23 @@ def add_adapters(
         peft_model.add_adapter(SIDE, side)
     activate(peft_model, trains=trains, side=False)
     return peft_model
+
+
+def _check_every_name_matches(targets: list[str], model: PeftModel) -> None:
+    """Raise a UserError where one of several names adapts nothing, which PEFT passes over."""
+    adapted = lora_layers(model)
+    unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in adapted)]
+    if unmatched:
+        raise _no_match(unmatched, model.get_base_model())
+
+
+def _no_match(targets: list[str] | str, model: PreTrainedModel) -> UserError:
+    modules = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if _linear(m)}
+    names = {name.rsplit(".", 1)[-1] for name in modules if ".lora_" not in name}
+    return UserError(
+        f"lora.target_modules: expected names of modules in {model.config.model_type}, "
+        f"got {targets}, which match nothing; choose from {', '.join(sorted(names))}"
+    )
 
 
 def activate(model: PeftModel, *, trains: frozenset[str], side: bool) -> None:

@@ -12,20 +12,21 @@ Legend: P, Q stored rows and columns; (P, Q) is (O, I) for nn.Linear and (I, O) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedex_scale.algebra import LowRank
+from fedex_scale.algebra import LowRank, norm, norm_of_sum, stack
 
 BLOCK_SIDES = {"cpu": 2**10, "cuda": 2**12}
 """Rows and columns computed at once. CPU: enough for a matrix product at full speed, and few enough
 to stay in the cache from the first step to the last. GPU: enough that launches cost little."""
-STREAMED_ENTRIES = 2**23
+STREAMED_ENTRIES = 2**22
 """Entries computed at once where the pieces come as a stream, which every block reads anew."""
 
 
@@ -43,6 +44,7 @@ class Target:
         device: where to compute.
         transposed: stored as (I, O) and not as (O, I).
         carries: whether anything can be kept for a next fold.
+        writable: whether it takes a fold at all; a quantized weight does not, and misses it whole.
         carry: what rounding has kept out so far, float32, like `flat`; None before the first fold.
     """
 
@@ -54,6 +56,7 @@ class Target:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     transposed: bool = False
     carries: bool = True
+    writable: bool = True
     carry: Tensor | None = None
 
     def __post_init__(self, flat: Tensor | None) -> None:
@@ -68,7 +71,10 @@ class Target:
 
 @dataclass(frozen=True)
 class FoldStats:
-    """Sums of squares over the elements stored here: what was to be added, and what was missed."""
+    """Squared norms: what was to be added, and what was missed, of the elements stored here.
+
+    Where the pieces are few, `intended` is the whole matrix's, times the share that is stored.
+    """
 
     intended: float = 0.0
     missed: float = 0.0
@@ -90,51 +96,105 @@ def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats
     """
     if not pieces or not target.numel:
         return FoldStats()
+    share = target.numel / math.prod(target.shape)
+    if not target.writable:
+        whole = norm_of_sum(pieces) ** 2 * share
+        return FoldStats(intended=whole, missed=whole)
+    stats = FoldStats()
+    if isinstance(pieces, Sequence):
+        stats = FoldStats(intended=norm(stack(*pieces)) ** 2 * share)
     with target.lend() as flat:
-        return _fold(target, flat, pieces, carry)
+        carry = carry and target.carries and flat.dtype != torch.float32
+        if carry or flat.dtype == torch.float32 or not isinstance(pieces, Sequence):
+            return _fold_beside(target, flat, pieces, carry, stats)
+        return _fold_into(target, flat, pieces, stats)
 
 
-def _fold(target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool) -> FoldStats:
-    carry = carry and target.carries and flat.dtype != torch.float32
+def _fold_into(
+    target: Target, flat: Tensor, pieces: Sequence[LowRank], stats: FoldStats
+) -> FoldStats:
+    """Let the matrix product itself add to the weight: the fewest passes over memory."""
+    height, width = _block_shape(target, pieces)
+    memory = flat.new_empty(height * width, dtype=torch.float32)
+    missed = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for block, parts in _blocks(target, height, width):
+        sum_PQ = memory[: block.numel].view(block.shape)
+        for place, common in parts:
+            sum_PQ[_within(common, block)] = _view(flat, place)[_within(common, place)]
+        _add_product(pieces, block, target.transposed, sum_PQ, beta=1)
+        for place, common in parts:
+            here, wanted = (
+                _view(flat, place)[_within(common, place)],
+                sum_PQ[_within(common, block)],
+            )
+            here.copy_(wanted)
+            missed += _square(wanted.sub_(here))
+    return replace(stats, missed=missed.item())
+
+
+def _fold_beside(
+    target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool, stats: FoldStats
+) -> FoldStats:
+    """Make the sum of the pieces apart, and add it: for a carry, a float32 weight, and streams."""
     if carry and target.carry is None:
         target.carry = torch.zeros_like(flat, dtype=torch.float32)
     height, width = _block_shape(target, pieces)
-    memory = flat.new_empty(3, height * width, dtype=torch.float32)
+    memory = flat.new_empty(height * width, dtype=torch.float32)
+    at_once = min(height * width, max(width, _side(target) ** 2))
+    scratch = flat.new_empty(2, at_once, dtype=torch.float32)
     sums = torch.zeros(2, dtype=torch.float64, device=flat.device)
-    stored = list(_rectangles(target.start, target.numel, target.shape[1]))
-    for block in _blocks(target.shape, height, width):
-        overlaps = [(place, _overlap(place, block)) for place in stored]
-        overlaps = [(place, common) for place, common in overlaps if common]
-        if not overlaps:
-            continue
-        product = _product(pieces, block, target.transposed, memory[0])
-        for place, common in overlaps:
-            delta = product[_within(common, block)]
-            part = _within(common, place)
+    for block, parts in _blocks(target, height, width):
+        sum_PQ = memory[: block.numel].view(block.shape)
+        _add_product(pieces, block, target.transposed, sum_PQ, beta=0)
+        for place, common in (piece for part in parts for piece in _cut(*part, at_once)):
+            delta = sum_PQ[_within(common, block)]
             error = _add(
-                _view(flat, place)[part],
+                _view(flat, place)[_within(common, place)],
                 delta,
-                _view(target.carry, place)[part] if carry else None,
-                memory[1:, : delta.numel()].view(2, *delta.shape),
+                _view(target.carry, place)[_within(common, place)] if carry else None,
+                scratch[:, : delta.numel()].view(2, *delta.shape),
             )
             sums += torch.stack([_square(delta), _square(error)])
-    return FoldStats(*sums.tolist())
+    intended, missed = sums.tolist()
+    return FoldStats(stats.intended or intended, missed)
+
+
+def _side(target: Target) -> int:
+    return BLOCK_SIDES.get(target.device.type, BLOCK_SIDES["cpu"])
 
 
 def _block_shape(target: Target, pieces: Iterable[LowRank]) -> tuple[int, int]:
     rows, columns = target.shape
     if not isinstance(pieces, Sequence):
         return min(rows, max(1, STREAMED_ENTRIES // columns)), columns
-    side = BLOCK_SIDES.get(target.device.type, BLOCK_SIDES["cpu"])
-    return min(rows, side), min(columns, side)
+    return min(rows, _side(target)), min(columns, _side(target))
 
 
-def _blocks(shape: tuple[int, int], height: int, width: int) -> Iterator[Rectangle]:
-    """Yield the blocks of a matrix, in reading order; those at the edges are smaller."""
-    rows, columns = shape
+def _blocks(
+    target: Target, height: int, width: int
+) -> Iterator[tuple[Rectangle, list[tuple[Rectangle, Rectangle]]]]:
+    """Yield the blocks of a matrix that are stored here, in reading order; some are smaller.
+
+    With each come the stored rectangles that it overlaps, and the overlaps.
+    """
+    rows, columns = target.shape
+    stored = list(_rectangles(target.start, target.numel, columns))
     for top in range(0, rows, height):
         for left in range(0, columns, width):
-            yield Rectangle(top, min(top + height, rows), left, min(left + width, columns))
+            block = Rectangle(top, min(top + height, rows), left, min(left + width, columns))
+            overlaps = [(place, _overlap(place, block)) for place in stored]
+            parts = [(place, common) for place, common in overlaps if common]
+            if parts:
+                yield block, parts
+
+
+def _cut(
+    place: Rectangle, common: Rectangle, max_entries: int
+) -> Iterator[tuple[Rectangle, Rectangle]]:
+    """Yield an overlap in pieces of whole rows that have at most so many entries."""
+    rows = max(1, max_entries // common.shape[1])
+    for top in range(common.top, common.bottom, rows):
+        yield place, common._replace(top=top, bottom=min(top + rows, common.bottom))
 
 
 def _rectangles(start: int, numel: int, columns: int) -> Iterator[Rectangle]:
@@ -169,25 +229,21 @@ def _within(part: Rectangle, whole: Rectangle) -> tuple[slice, slice]:
 
 def _view(flat: Tensor, place: Rectangle) -> Tensor:
     """Return the stored elements of a rectangle as a matrix."""
-    rows, columns = place.bottom - place.top, place.right - place.left
-    return flat[place.at : place.at + rows * columns].view(rows, columns)
+    return flat[place.at : place.at + place.numel].view(place.shape)
 
 
-def _product(
-    pieces: Iterable[LowRank], block: Rectangle, transposed: bool, memory: Tensor
-) -> Tensor:
-    """Return the given block of the pieces' sum, in `memory`."""
+def _add_product(
+    pieces: Iterable[LowRank], block: Rectangle, transposed: bool, out: Tensor, *, beta: int
+) -> None:
+    """Set `out` to beta times itself plus the given block of the pieces' sum."""
     rows, columns = slice(block.top, block.bottom), slice(block.left, block.right)
-    height, width = block.bottom - block.top, block.right - block.left
-    out, beta = memory[: height * width].view(height, width), 0  # 0: what was there is dropped
     for piece in pieces:
         left, right = piece.U_OP[rows], piece.V_PI[:, columns]
         if transposed:
             left, right = piece.V_PI[:, rows].T, piece.U_OP[columns].T
-        torch.addmm(out, left, right, beta=beta, out=out)
+        torch.addmm(out, left, right, beta=beta, out=out)  # beta 0: what was there is dropped
         beta = 1
         del piece, left, right  # only then does a stream have one piece in memory
-    return out
 
 
 def _square(x: Tensor) -> Tensor:
@@ -229,3 +285,11 @@ class Rectangle(NamedTuple):
     left: int
     right: int
     at: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)

@@ -41,7 +41,6 @@ def test_plain(config: Path) -> None:
     assert all(one["killed"] and one["same"] for one in kills), kills
 
 
-@pytest.mark.slow
 def test_one_of_two_ranks_under_zero3(config: Path) -> None:
     zero3 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
     (one,) = kill(config, "1", "1", "2", zero3)

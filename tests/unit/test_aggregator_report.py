@@ -69,7 +69,7 @@ def test_a_residual_that_bf16_rounds_away_is_warned_of(tmp_path: Path, previous,
     warning = report.warning(AggregateSection(fold=fold))
     assert f"only {max(0.0, report.kept):.1%} of this round's residual" in warning
     assert f"fold: {fold}" in warning
-    assert "use fold: side, or a float32 base" in warning
+    assert "use fold: side, or take a float32 base" in warning
     assert report.summary(AggregateSection(fold=fold))["warning"] == warning
 
 

@@ -58,7 +58,7 @@ def test_named_modules(tiny_llama: Path, names: str | tuple[str, ...]) -> None:
     assert len(layers) == 2 * len(suffixes)
 
 
-@pytest.mark.parametrize("names", ["query", ("query", "value")], ids=str)
+@pytest.mark.parametrize("names", ["query", ("query", "value"), ("q_proj", "query")], ids=str)
 def test_names_that_match_nothing_are_told_what_there_is(tiny_llama: Path, names) -> None:
     with pytest.raises(UserError) as caught:
         wrap(tiny_llama, target_modules=names)
