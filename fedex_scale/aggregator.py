@@ -150,11 +150,12 @@ def aggregate(
         _send_corrections(layer, update, clients, sinks)
         ideal_norm = residual_norm = missed = in_side = 0.0
         rest = update.base_update
-        if not is_streamed(len(clients.pairs), round.rank):
+        streamed = is_streamed(len(clients.pairs), round.rank)
+        if sinks.deviation is not None:
+            sinks.deviation(layer, None if streamed else measure(clients, previous))
+        if not streamed:
             rest = list(rest)
         few = isinstance(rest, Sequence)
-        if sinks.deviation is not None:
-            sinks.deviation(layer, measure(clients, previous) if few else None)
         if few:
             ideal_norm = norm_of_sum(ideal_update(clients))
             residual_norm = norm_of_sum(rest) if rest else 0.0
