@@ -200,7 +200,8 @@ def _run(
 
         def keep_record(round: int | None) -> None:
             monitor.log("phases", round=round, **phases.lap())
-            distributed.on_main(lambda: record.write(run, known))
+            with phase("writing"):
+                distributed.on_main(lambda: record.write(run, known))
 
         def evaluate(round: int) -> None:
             if config.evaluation.due(round, rounds) and not saver.place.evaluated:

@@ -59,10 +59,11 @@ def test_phases_of_a_run_add_up_to_its_wall_time(tiny_llama: Path, tmp_path: Pat
         known = {name: usage["seconds"] for name, usage in event["phases"].items()}
         assert sum(known.values()) == pytest.approx(event["wall_s"], rel=1e-3)
         other = known.pop("other")
-        assert other < 0.02 * event["wall_s"] + 0.02, known  # s; a round here takes 0.4
+        # A round takes 0.4 s here, and milliseconds of printing are much of that.
+        assert other < 0.02 * event["wall_s"] + 0.05, known
         assert known.keys() == {"client switch", "training", "writing", "folding", "checkpointing"}
     between = laps[2]["seconds"] - laps[1]["seconds"]
-    assert laps[2]["wall_s"] == pytest.approx(between, rel=0.02)
+    assert laps[2]["wall_s"] == pytest.approx(between, rel=0.02, abs=0.05)
     trace = json.loads(gzip.decompress((run / "profile" / "step-0002.json.gz").read_bytes()))
     assert len(trace["traceEvents"]) > 100
     assert len(list((run / "profile").iterdir())) == 1
