@@ -30,6 +30,7 @@ from fedex_scale.algebra import (
     norm_of_sum,
     stack,
 )
+from fedex_scale.deviation import Deviation, measure
 from fedex_scale.errors import UserError
 from fedex_scale.methods import METHODS, LayerUpdate, MethodConfig
 from fedex_scale.weights import FoldStats, Target, fold
@@ -74,12 +75,14 @@ class Sinks:
         residual: takes what the method adds to the base: the factors that a server would send.
         side: takes the new side adapter.
         client: takes what a client that keeps its pair lacks (`assign: keep`), by its index.
+        deviation: takes what averaging lost; None where clients are too many to be in memory.
     """
 
     adapter: Callable[[str, Pair], None] = _nowhere
     residual: Callable[[str, Iterable[LowRank]], None] = _nowhere
     side: Callable[[str, LowRank], None] = _nowhere
     client: Callable[[str, int, Iterable[LowRank]], None] | None = None
+    deviation: Callable[[str, Deviation | None], None] | None = None
 
 
 def base_update_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
@@ -147,7 +150,10 @@ def aggregate(
         _send_corrections(layer, update, clients, sinks)
         ideal_norm = residual_norm = missed = in_side = 0.0
         rest = update.base_update
-        if not is_streamed(len(clients.pairs), round.rank):
+        streamed = is_streamed(len(clients.pairs), round.rank)
+        if sinks.deviation is not None:
+            sinks.deviation(layer, None if streamed else measure(clients, previous))
+        if not streamed:
             rest = list(rest)
         few = isinstance(rest, Sequence)
         if few:

@@ -32,12 +32,17 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; start, if none.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace these steps, such as 3,4, with torch's profiler.")
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Train the clients round by round, aggregate, score and export."""
     from fedex_scale.run import run_config
 
-    run_config(config, [*(overrides or []), *(["run.resume=auto"] if resume else [])])
+    asked = ["run.resume=auto"] if resume else []
+    asked += [f"run.profile_steps=[{profile}]"] if profile else []
+    run_config(config, [*(overrides or []), *asked])
 
 
 @app.command()
@@ -192,6 +197,19 @@ def compare(
 
     console = Console(highlight=False)
     console.print(comparison.table(comparison.compare(runs)), soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; none: the run's own, or comparison.")
+    ] = None,
+) -> None:
+    """Write report.html about a run, or about several side by side, with its figures."""
+    from fedex_scale.reporting.page import write_report
+
+    typer.echo(write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison"))))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import transformers
 
-from fedex_scale import distributed, faults
+from fedex_scale import distributed, faults, phases
 from fedex_scale.adapters import AdapterWriter, LoraSection
 from fedex_scale.data.batching import Examples, collate, plan_steps, shard
 from fedex_scale.engine import (
@@ -25,6 +25,7 @@ from fedex_scale.engine import (
     train_step,
 )
 from fedex_scale.errors import ClientFailure, UserError
+from fedex_scale.phases import phase
 from fedex_scale.state import ClientProgress, derive_seed
 
 CLIENT_FILE = "client.json"
@@ -143,7 +144,8 @@ def train_client(
     progress = begin or ClientProgress(client=client)
     began = time.perf_counter() - progress.seconds
     again = ("again", progress.attempt) if progress.attempt else ()
-    reset_for_client(engine, start, side=side)
+    with phase("client switch"):
+        reset_for_client(engine, start, side=side)
     steps = plan_steps(
         examples.lengths,
         batch_size=section.batch_size,
@@ -154,12 +156,13 @@ def train_client(
     transformers.set_seed(derive_seed(seed, "train", round, client, distributed.rank(), *again))
     if progress.step:
         restore()
-    with faults.deferring():
+    with faults.deferring(), phase("training"):
         for step in range(progress.step, len(steps)):
             indices, lr = steps[step], learning_rate(step, len(steps), section)
             trained = int(examples.num_trained[indices].sum())
             batches = list(_micro_batches(examples, indices, section, pad_id))
-            loss = train_step(engine, batches, tokens=trained, lr=lr)
+            with phases.step():
+                loss = train_step(engine, batches, tokens=trained, lr=lr)
             if not math.isfinite(loss):
                 raise ClientFailure(
                     f"round {round}, client {client}, step {step + 1}: expected a finite loss, got "
@@ -189,6 +192,7 @@ def train_client(
     )
 
 
+@phase("writing")
 def write_client(
     engine: Engine, update: ClientUpdate, directory: Path, lora: LoraSection, base: str
 ) -> None:

@@ -47,6 +47,8 @@ class RunSection:
     """Steps of a client between checkpoints; none: only when a client or a round is done."""
     trackers: tuple[str, ...] = ()
     """Any of tensorboard, wandb, trackio; through accelerate's trackers."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps of which to write a torch profiler trace, counted from 1 as the program starts."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -55,6 +57,10 @@ class RunSection:
             raise UserError(f"run.save_steps: expected at least 1 or none, got {self.save_steps}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise UserError(f"run.name: expected a plain name, got {self.name!r}; try my_run")
+        if any(step < 1 for step in self.profile_steps):
+            raise UserError(
+                f"run.profile_steps: expected numbers from 1, got {list(self.profile_steps)}"
+            )
         known = ("tensorboard", "wandb", "trackio")
         for tracker in self.trackers:
             if tracker not in known:
@@ -256,7 +262,8 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             names.append("one of " + ", ".join(map(str, typing.get_args(option))))
         elif typing.get_origin(option) is tuple:
-            names.append("a list of text")
+            item = {int: "whole numbers", str: "text"}[typing.get_args(option)[0]]
+            names.append(f"a list of {item}")
         else:
             plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
             names.append(plain.get(option, "nothing" if option is type(None) else str(option)))

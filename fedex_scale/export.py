@@ -20,10 +20,12 @@ from fedex_scale.config import Config
 from fedex_scale.engine import Engine, read_base_weight
 from fedex_scale.errors import UserError
 from fedex_scale.outputs import building, check_out
+from fedex_scale.phases import phase
 from fedex_scale.state import RunDir, ServerState
 from fedex_scale.weights import Target, fold
 
 
+@phase("writing")
 def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState) -> dict[str, Path]:
     """Write final/adapter, final/exact_adapter and, where a fold changed it, final/base.
 

@@ -61,7 +61,7 @@ class Monitor:
             self._file.close()
 
     def log(self, event: str, **fields: Any) -> None:
-        """Record one event: step, client, failure, round or eval."""
+        """Record one event: step, client, failure, round, eval or phases."""
         if self._file is None:
             return
         seconds = round(time.perf_counter() - self._start + self._seconds_before(), 3)
@@ -74,7 +74,7 @@ class Monitor:
             "failure": self._failure,
             "eval": self._eval,
         }
-        show[event](fields)
+        show.get(event, lambda fields: None)(fields)
         numbers = {f"{event}/{k}": v for k, v in fields.items() if isinstance(v, (int, float))}
         for tracker in self._trackers:
             tracker(numbers, self._done)

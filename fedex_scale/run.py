@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import distributed, evaluation, faults, models
+from fedex_scale import card, distributed, evaluation, faults, models, phases, record
 from fedex_scale.aggregator import default_side_rank
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
@@ -28,6 +29,7 @@ from fedex_scale.errors import UserError
 from fedex_scale.export import write_final
 from fedex_scale.faults import disk_errors
 from fedex_scale.methods import METHODS
+from fedex_scale.phases import phase, profiling
 from fedex_scale.progress import Monitor, open_trackers
 from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.saves import Found, Saver, find
@@ -42,9 +44,13 @@ def run_config(path: str | Path, overrides: Sequence[str]) -> None:
             trained where it can be known by then.
     """
     config = load_config(path, overrides)
+    phases.start()
     distributed.join_group(required=config.engine.deepspeed is not None)
     faults.watch_peers()
-    with faults.handling_signals():
+    with (
+        faults.handling_signals(),
+        profiling(config.run.profile_steps, config.run.path / "profile"),
+    ):
         _run_or_resume(config)
 
 
@@ -54,11 +60,12 @@ def _run_or_resume(config: Config) -> None:
     if found.checkpoint is not None and found.checkpoint.place.finished:
         _tell(f"{run.path}: this run is finished; nothing to do")
         return
-    distributed.together(lambda: evaluation.check_tasks(config.evaluation))
-    tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
-    clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
-    engine = distributed.together(lambda: engine_for(config, len(clients)))
-    distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
+    with phase("load"):
+        distributed.together(lambda: evaluation.check_tasks(config.evaluation))
+        tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
+        clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+        engine = distributed.together(lambda: engine_for(config, len(clients)))
+        distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
     for note in found.notes:
         _tell(note)
     _run(config, engine, tokenizer, clients, run, found.checkpoint)
@@ -189,24 +196,49 @@ def _run(
     with Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor:
         monitor.say(_intro(config, engine, clients))
 
+        known = _facts(engine)
+
+        def keep_record(round: int | None) -> None:
+            monitor.log("phases", round=round, **phases.lap())
+            with phase("writing"):
+                distributed.on_main(lambda: record.write(run, known))
+
         def evaluate(round: int) -> None:
             if config.evaluation.due(round, rounds) and not saver.place.evaluated:
                 began = time.perf_counter()
-                results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
-                evaluation.write_results(results, run.evaluation(round))
+                with phase("evaluating"):
+                    results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
+                    evaluation.write_results(results, run.evaluation(round))
                 seconds = time.perf_counter() - began
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
                 for warning in evaluation.warnings(results):
                     monitor.say(f"warning: {warning}")
                 saver.save(replace(saver.place, evaluated=True))
+            keep_record(round)
 
         pad_id = tokenizer.pad_token_id
         state = run_rounds(
             config, engine, clients, run, saver, pad_id=pad_id, evaluate=evaluate, log=monitor.log
         )
         written = write_final(config, engine, run, state)
+        distributed.on_main(lambda: card.write(run))
         saver.save(replace(saver.place, finished=True))
+        keep_record(None)
         monitor.close({"run": run.path, **written})
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    """Return what report.json says of the machine and the model that no other file does."""
+    sizes = {
+        name: getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in engine.model.named_parameters()
+    }
+    return record.facts(
+        base_parameters=sum(size for name, size in sizes.items() if ".lora_" not in name),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        ranks=distributed.world_size(),
+        device=engine.device.type,
+    )
 
 
 def _tell(line: str) -> None:

@@ -15,12 +15,14 @@ from fedex_scale.client import ClientUpdate, write_adapter
 from fedex_scale.config import Config, to_dict
 from fedex_scale.engine import Engine, Source
 from fedex_scale.errors import ClientFailure, UserError
+from fedex_scale.phases import phase
 from fedex_scale.snapshot import read_snapshot, snapshot_bytes, write_snapshot
 from fedex_scale.state import ClientProgress, Place, RunDir
 
 # What may change between a run and its resumption: nothing in the result depends on it ...
 FREE = frozenset(
     "run.name run.dir run.overwrite run.resume run.keep run.save_steps run.trackers "
+    "run.profile_steps "
     "federation.on_client_failure evaluation.batch_size".split()
 )
 # ... or rounding alone does; a running client then starts over.
@@ -95,6 +97,7 @@ class Saver:
         self._config, self._engine, self._run, self._last = config, engine, run, last
         self.place = last.place if last else None
 
+    @phase("checkpointing")
     def save(self, place: Place) -> None:
         """Write a checkpoint of this place.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedex_scale import distributed
+from fedex_scale import deviation, distributed
 from fedex_scale.adapters import Adapter, AdapterWriter
 from fedex_scale.aggregator import (
     AggregateReport,
@@ -24,13 +24,16 @@ from fedex_scale.aggregator import (
 from fedex_scale.algebra import Pair
 from fedex_scale.client import open_adapter
 from fedex_scale.config import Config
+from fedex_scale.deviation import Deviation
 from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.methods import fresh_pair
+from fedex_scale.phases import phase
 from fedex_scale.screening import screen
 from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
 
 REPORT_FILE = "aggregate.json"
+DEVIATION_FILE = "deviation.json"
 
 
 def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
@@ -53,6 +56,7 @@ def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
     return draw
 
 
+@phase("writing")
 def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
     """Write the adapter that the first round begins with."""
     if distributed.is_main():
@@ -63,6 +67,7 @@ def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
     distributed.barrier()
 
 
+@phase("folding")
 def refold(
     config: Config, engine: Engine, targets: Mapping[str, Target], run: RunDir, state: ServerState
 ) -> None:
@@ -80,6 +85,7 @@ def refold(
         past, _ = aggregate_round(config, engine, targets, clients, weights, run, past, write=False)
 
 
+@phase("folding")
 def show(engine: Engine, run: RunDir, state: ServerState) -> None:
     """Let the engine hold the server's model: its adapter, and the side adapter if there is one."""
     if state.has_side:
@@ -87,6 +93,7 @@ def show(engine: Engine, run: RunDir, state: ServerState) -> None:
     set_adapter(engine, Adapter(run.adapter(state.round)).pair, side=state.has_side)
 
 
+@phase("folding")
 def aggregate_round(
     config: Config,
     engine: Engine,
@@ -124,10 +131,12 @@ def aggregate_round(
     update_rank = base_update_rank(config.method, len(stay), config.lora.rank)
     side_rank = engine.side_rank if update_rank else 0
     task = replace(task, side_rank=side_rank)
+    deviations: dict[str, Deviation | None] = {}
     with ExitStack() as stack:
         sinks = Sinks()
         if write and distributed.is_main():
             sinks = _open_sinks(config, engine, run.server(number), update_rank, side_rank, stack)
+            sinks = replace(sinks, deviation=deviations.__setitem__)
         report = aggregate(
             task,
             config.method,
@@ -150,6 +159,8 @@ def aggregate_round(
         }
         text = json.dumps(taken | report.as_dict(), indent=2) + "\n"
         (run.server(number) / REPORT_FILE).write_text(text)
+        text = json.dumps(deviation.as_tree(deviations), indent=1) + "\n"
+        (run.server(number) / DEVIATION_FILE).write_text(text)
     distributed.barrier()
     changed = state.base_changed or report.base_changed
     has_side = side_rank > 0 or keeps_side

@@ -52,8 +52,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def events(run: Path) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "took_s")}
+        {k: v for k, v in line.items() if k not in ("seconds", "took_s")}
         for line in lines
+        if line["event"] != "phases"  # nothing but times
     ]

@@ -40,6 +40,11 @@ def test_client_switch(tiny_llama: Path) -> None:
     assert ratios["anew / switch"]["goal"].startswith("goal >= 20: ")
 
 
+def test_deviation(tiny_llama: Path) -> None:
+    ratios = measured("deviation", tiny_llama)["ratios"]
+    assert ratios["deviation / 43 steps"]["goal"].startswith("goal <= 0.01: ")
+
+
 def test_throughput_of_the_same_training_with_the_same_losses(tiny_llama: Path) -> None:
     result = measured("throughput", tiny_llama)
     assert len(result["losses"]) == 3

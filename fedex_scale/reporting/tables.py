@@ -1,0 +1,203 @@
+"""The notes and tables of a report, from runs' records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedex_scale.communication import millions, size
+from fedex_scale.reporting.chart import Record
+from fedex_scale.reporting.deviations import depth, observations, projection
+from fedex_scale.reporting.settings import facts
+from fedex_scale.reporting.training import scores_at, short
+from fedex_scale.reporting.words import Table, count, duration, percent, score_of, table
+
+SECTIONS = (
+    ("glance", "At a glance", ""),
+    ("scores", "Scores", ""),
+    ("loss", "Training", ""),
+    (
+        "deviation",
+        "Deviation",
+        "Averaging A and B is not averaging B A. What it loses, the residual, was measured in "
+        "every round and layer, whatever the method did with it.",
+    ),
+    ("kept", "Kept", "How much of what was to be added to the model its forward pass sees."),
+    ("communication", "Communication", ""),
+    ("time", "Time and memory", ""),
+    ("run", "What was run", ""),
+)
+
+
+def notes(run: Record, *, name: bool) -> list[str]:
+    """Return what a reader must not miss: unfinished, failed clients, warnings of the rounds."""
+    who = f"{run['name']}: " if name else ""
+    found = []
+    if not run["finished"]:
+        done = f"{run['rounds_done']} of {count(run['rounds_planned'], 'round')}"
+        found.append(f"{who}This run has not finished: {done} done. Shown is what there is.")
+    for failure in run["failures"]:
+        found.append(f"{who}{failure['reason']} ({failure['action']})")
+    for layer in run["rounds"]:
+        if layer["kept"] < 0.5:
+            found.append(
+                f"{who}round {layer['round']}: only {layer['kept']:.1%} of the residual reached "
+                "the forward pass; use fold: side, or a float32 base"
+            )
+    return found
+
+
+def tiles(run: Record) -> list[tuple[str, str]]:
+    """Return the few figures to see at a glance, each with what it is."""
+    shown = []
+    before, after = scores_at(run, 0, before=True), scores_at(run, -1)
+    for name, score in list(after.items())[:3]:
+        first = f"{before[name]['value']:.1%} → " if name in before else ""
+        shown.append((first + score_of(score), short(name)))
+    if run["rounds"]:
+        last = run["rounds"][-1]
+        total = last["deviation"]["total"]
+        if total:
+            label = "of the last round's change is what averaging the factors loses"
+            shown.append((percent(total["relative"]), label))
+        if last["residual_norm"]:
+            shown.append((percent(last["kept"]), "of the residual kept in the forward pass"))
+    if run["communication"]:
+        own = run["communication"][0]
+        shown.append((size(own["up_bytes"]), "sent by a client in a round"))
+        shown.append((size(own["down_bytes"]), "received by a client in a round"))
+    wall = sum(lap["wall_s"] for lap in run["phases"]) or run["seconds"]
+    return [*shown, (duration(wall), "wall time")]
+
+
+def scores(records: Sequence[Record]) -> list[Table]:
+    """Return every task's score before, and after each run, with standard errors."""
+    before = scores_at(records[0], 0, before=True)
+    after = [scores_at(run, -1) for run in records]
+    names = list(dict.fromkeys(name for found in (*after, before) for name in found))
+    if not names:
+        return []
+    heads = [run["name"] for run in records] if len(records) > 1 else ["after"]
+    rows = []
+    for name in names:
+        known = [found[name] for found in (before, *after) if name in found]
+        examples = str(known[0]["examples"] or "")
+        rows.append([short(name), examples, *(score_of(x.get(name)) for x in (before, *after))])
+    return [table(["task", "examples", "before", *heads], rows, caption="± one standard error.")]
+
+
+def clients(records: Sequence[Record]) -> list[Table]:
+    """Return what each client of a run's last round did; of a hundred, the first ones."""
+    found = []
+    for run in records:
+        last = max((client["round"] for client in run["clients"]), default=0)
+        done = [client for client in run["clients"] if client["round"] == last]
+        rows = [
+            [
+                str(client["client"]),
+                f"{client['num_examples']:,}",
+                f"{client['num_steps']:,}",
+                f"{client['first_loss']:.3f} → {client['last_loss']:.3f}",
+                duration(client["seconds"]),
+            ]
+            for client in done[:20]
+        ]
+        about = f"{run['name']}, round" if len(records) > 1 else "Round"
+        about += f" {last}" + f": the first 20 of {len(done)} clients" * (len(done) > 20)
+        if rows:
+            head = ["client", "examples", "steps", "loss", "time"]
+            found.append(table(head, rows, caption=about) | {"wide": False})
+    return found
+
+
+def deviation(records: Sequence[Record]) -> list[Table]:
+    """Return what each round's averaging would have lost, over all layers."""
+    rows, several = [], len(records) > 1
+    for run in records:
+        for round in run["rounds"]:
+            total, note = round["deviation"]["total"], round["deviation"]["note"]
+            values = [note or "", *[""] * 5]
+            if total:
+                values = [
+                    percent(total["relative"]),
+                    f"{total['scaled']:.2e}",
+                    f"{total['cosine']:.6f}",
+                    f"{total['norm_ratio']:.4f}",
+                    percent(total["drift"]),
+                    f"{total['effective_rank']:.1f}",
+                ]
+            rows.append([*[run["name"]] * several, str(round["round"]), *values])
+    head = ["round", "of the change", "scaled norm", "cosine", "norm ratio", "drift", "eff. rank"]
+    about = (
+        "All layers together. Residual over the round's ideal change; residual over the root of "
+        "the layers' size; cosine and norm of FedAvg's update against the ideal one; distance "
+        "between clients over their common change; mean effective rank of a layer's residual."
+    )
+    return [table([*["run"] * several, *head], rows, caption=about)] if rows else []
+
+
+def observed(records: Sequence[Record]) -> list[Table]:
+    """Return quotients of deviations that answer what the paper observed of its models."""
+    found = {run["name"]: observations(run) for run in records}
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = [
+        [name, *(f"{values[name]:.2f}" if name in values else "-" for values in found.values())]
+        for name in names
+    ]
+    about = (
+        "Quotients of scaled norms, each a root mean square. The paper finds the first above 1, "
+        "and the others below."
+    )
+    heads = list(found) if len(records) > 1 else ["quotient"]
+    return [table(["", *heads], rows, caption=about)] if rows else []
+
+
+def kept(records: Sequence[Record]) -> list[Table]:
+    rows = []
+    for run in records:
+        for round in run["rounds"]:
+            name = [run["name"]] if len(records) > 1 else []
+            added = round["residual_norm"]
+            share = percent(added / round["ideal_norm"]) if round["ideal_norm"] else "-"
+            largest = round["largest_layer"]
+            where = f"{projection(largest)} of layer {depth(largest)}"
+            values = [f"{round['kept']:.4%}", where] if added else ["-", "-"]
+            rows.append([*name, str(round["round"]), share if added else "nothing", *values])
+    head = ["round", "added, of the update", "kept", "largest part"]
+    return [table([*["run"] * (len(records) > 1), *head], rows)] if rows else []
+
+
+def communication(records: Sequence[Record]) -> list[Table]:
+    """Return what a client sends and receives; the same table is shown once."""
+    found: list[Table] = []
+    for run in records:
+        rows = [
+            [
+                ("this run: " if i == 0 else "") + row["label"],
+                str(row["update_rank"] or "-"),
+                f"{millions(row['up'])}, {size(row['up_bytes'])}",
+                f"{millions(row['down'])}, {size(row['down_bytes'])}",
+                size(row["total_bytes"] - row["initial"] * row["initial_dtype_bytes"]),
+                size(row["initial"] * row["initial_dtype_bytes"]) if row["initial"] else "unknown",
+            ]
+            for i, row in enumerate(run["communication"])
+            if row["initial"] or row["method"] != "full"
+        ]
+        head = ["one client", "rank", "up a round", "down a round", "all rounds", "initial model"]
+        about = (
+            "arameters and bytes; FedEx's residual has rank (K-1) R, where the paper counts K R."
+        )
+        about = f"{run['name']}: p{about}" if len(records) > 1 else f"P{about}"
+        if rows:
+            found.append(table(head, rows, caption=about))
+    return found
+
+
+def glance(records: Sequence[Record]) -> list[Table]:
+    """Return where several runs differ, and what came of it, a column a run."""
+    if len(records) < 2:
+        return []
+    rows = [row for row in facts(records)["rows"] if len(set(row[1:])) > 1]
+    results = [{label: value for value, label in tiles(run)} for run in records]
+    labels = list(dict.fromkeys(label for found in results for label in found))
+    rows += [[label, *(found.get(label, "-") for found in results)] for label in labels]
+    return [table(["", *(run["name"] for run in records)], rows) | {"facts": True, "wide": True}]
