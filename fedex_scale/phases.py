@@ -54,7 +54,9 @@ def lap() -> dict:
 
     Returns:
         wall_s, and by phase: seconds, peak_bytes of this process's memory, and with an
-        accelerator its peak_device_bytes.
+        accelerator its peak_device_bytes. A phase in which the process became larger than ever has
+        that size as its peak, any other the size at its begin or end: the system's mark is not
+        reset, so that it still tells others the truth.
     """
     _CLOCK.switch()
     result = {
@@ -115,35 +117,38 @@ class _Clock:
     def restart(self) -> None:
         self.usage: dict[str, Usage] = {}
         self.began = self.last = time.perf_counter()
-        _forget_peaks()
+        self.highest, self.resident = _memory()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
 
     def switch(self) -> None:
         """Add what has passed since the last switch to the running phase."""
         now = time.perf_counter()
         usage = self.usage.setdefault(self.running[-1], Usage())
         usage.seconds += now - self.last
-        usage.peak_bytes = max(usage.peak_bytes, _peak_bytes())
+        highest, resident = _memory()
+        peak = highest if highest > self.highest else max(resident, self.resident)
+        usage.peak_bytes = max(usage.peak_bytes, peak)
+        self.highest, self.resident = highest, resident
         if torch.cuda.is_initialized():
             device = torch.cuda.max_memory_allocated()
             usage.peak_device_bytes = max(usage.peak_device_bytes, device)
-        _forget_peaks()
+            torch.cuda.reset_peak_memory_stats()
         self.last = now
 
 
-def _peak_bytes() -> int:
-    """Return the largest resident size since `_forget_peaks`; 0 where Linux does not tell."""
+def _memory() -> tuple[int, int]:
+    """Return the largest size that this process has had and its size, in bytes of memory.
+
+    Zeros where Linux does not tell.
+    """
+    sizes = {"VmHWM": 0, "VmRSS": 0}
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return 0
-
-
-def _forget_peaks() -> None:
-    with suppress(OSError):  # elsewhere than on Linux, the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+            name, _, value = line.partition(":")
+            if name in sizes:
+                sizes[name] = 1024 * int(value.split()[0])
+    return sizes["VmHWM"], sizes["VmRSS"]
 
 
 _CLOCK = _Clock()

@@ -39,6 +39,9 @@ def test_quickstart_in_short(tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
     events = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [event["event"] for event in events].count("step") == 9
+    (lap,) = (x for x in events if x["event"] == "phases" and x["round"] == 1)
+    known = sum(x["seconds"] for name, x in lap["phases"].items() if name != "other")
+    assert known > 0.98 * lap["wall_s"], lap
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     ids = torch.arange(100, 120)[None]
     with torch.no_grad():
