@@ -40,6 +40,7 @@ ORDER = (
     "snapshot",
     "engine",
     "ds_config",
+    "loading",
     "models",
     "adapters",
     "peft_config",
