@@ -32,6 +32,7 @@ ORDER = (
     "config",
     "client",
     "screening",
+    "communication",
     "aggregator",
     "aggregate_report",
     "evaluation",
