@@ -159,11 +159,7 @@ def _weights(
     else:
         place = {"cpu": "host", "nvme": "nvme"}.get(away, "gpu")
         needs.insert(0, Need(name="base shard", **{place: base / (ranks if place == "gpu" else 1)}))
-        most = zero.get("stage3_max_live_parameters", 1e9) + zero.get(
-            "stage3_prefetch_bucket_size", 5e7
-        )
-        live = min(weights.base + adapters, max(most, weights.largest))
-        needs.append(Need(name="gathered layers", gpu=dtype.itemsize * live))
+        needs += _gathered(zero, machine, weights, dtype)
         if away == "nvme":
             count = zero["offload_param"].get("buffer_count", 5)
             buffers = count * weights.largest * dtype.itemsize
@@ -172,6 +168,23 @@ def _weights(
         folded = 4 * sum(o * i for o, i in weights.shapes.values())
         # The carry lies where the fold computes: on the device.
         needs.append(Need(name="carry plane", gpu=folded / (ranks if sharded else 1)))
+    return needs
+
+
+def _gathered(
+    zero: Mapping[str, Any], machine: Machine, weights: Weights, dtype: torch.dtype
+) -> list[Need]:
+    """Return the room for weights that are whole for a while under ZeRO-3."""
+    ranks, numbers = machine.gpus, weights.base + weights.client + weights.side
+    at_hand = machine.is_cpu or _device(zero, "offload_param") == "none"
+    if ranks == 1 and at_hand:
+        return []  # a shard is the whole, and where it is computed with
+    ahead = zero.get("stage3_prefetch_bucket_size", 5e7)
+    most = max(zero.get("stage3_max_live_parameters", 1e9) + ahead, weights.largest)
+    needs = [Need(name="gathered layers", gpu=dtype.itemsize * min(numbers, most))]
+    if machine.is_cpu:  # gloo copies what it sends, and what it receives
+        message = min(numbers, max(ahead, weights.largest))
+        needs.append(Need(name="gathers' copies", gpu=dtype.itemsize * message * (1 + 1 / ranks)))
     return needs
 
 
