@@ -55,7 +55,7 @@ class Work:
 
     Fields:
         kept_bytes: what the forward pass leaves for the backward pass, without the logits.
-        logits_bytes: the logits, in all the copies that the loss keeps.
+        logits_bytes: what the loss keeps of the logits.
         peak_bytes: the most at any moment; weights and gradients do not count.
         flops: multiplications and additions, what is recomputed included.
     """
@@ -154,14 +154,14 @@ def run_shapes(model: PeftModel, *, examples: int, length: int, checkpointing: b
             use_cache=False,
             num_items_in_batch=examples * length,
         )
+        loss, numbers = output.loss, output.logits.numel()
+        del output  # the engine lets go of the logits, too
         kept = mode.live_bytes
-        output.loss.backward()
+        loss.backward()
     for hook in hooks:
         hook.remove()
     model.zero_grad(set_to_none=True)
-    # The loss is float32: beside the logits it keeps their float32 copy's log-softmax.
-    numbers = output.logits.numel()
-    logits = numbers * output.logits.element_size() + 4 * numbers
+    logits = 4 * numbers  # the loss keeps their softmax, in float32
     return Work(
         kept_bytes=max(0, kept - logits),
         logits_bytes=min(kept, logits),
