@@ -26,7 +26,7 @@ from fedex_scale.distributed import free_port
 from fedex_scale.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-STEPS, EXAMPLES, LENGTH = 3, 2, 128
+STEPS, EXAMPLES, LENGTH = 2, 2, 64
 GOAL = 0.1
 # Allocations from 64 kB on come from the system and go back to it.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}

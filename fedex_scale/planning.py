@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedex_scale import footprint, models
+from fedex_scale import distributed, footprint, models
 from fedex_scale.aggregator import side_rank_of
 from fedex_scale.client import num_steps
 from fedex_scale.communication import Traffic, traffic
@@ -94,9 +94,17 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 
 def warning(config: Config) -> str | None:
-    """Return a line where this machine cannot hold the config, activations left aside."""
-    sizes = _Sizes(config, this_machine())
-    found = sizes.estimate(config, with_work=False)
+    """Return a line where this machine cannot hold the config, activations left aside.
+
+    None, too, where there are several machines, or the model is found wanting: loading says so.
+    """
+    machine = this_machine()
+    if machine.gpus != distributed.world_size():
+        return None
+    try:
+        found = _Sizes(config, machine).estimate(config, with_work=False)
+    except UserError:
+        return None
     places = [place for place in found.lacks if place in ("gpu", "host")]
     if not places:
         return None
