@@ -47,7 +47,8 @@ def measure(model: str, part: str) -> None:
         row = {"tokens": train_trainer(model, micro, checkpointing)}
     else:
         row = measure_ours(model, deepspeed, micro, checkpointing)
-        row["planned"] = planned / 1e9
+        if CUDA:
+            row["planned"] = planned / 1e9
         if part == "ours":
             row["rate trained"] = row["tokens"] / (micro * LENGTH) * flops / 1e12
             row["rate of a matmul"] = matmul_rate() / 1e12
