@@ -116,6 +116,16 @@ def default_side_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
     return min(128, base_update_rank(method, num_clients, rank))
 
 
+def side_rank_of(
+    method: MethodConfig, section: AggregateSection, num_clients: int, rank: int
+) -> int:
+    """Return the rank of a run's side adapter, 0 for none."""
+    usual = default_side_rank(method, num_clients, rank)
+    if section.fold != "side" or not usual:
+        return 0
+    return section.side_rank or usual
+
+
 def aggregate(
     round: Round,
     method: MethodConfig,

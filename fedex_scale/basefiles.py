@@ -64,6 +64,7 @@ class BaseFiles:
         path: the directory.
         config: config.json.
         files: by file name, those that hold the model: one, or as the index says.
+        names: of all weights.
 
     Raises:
         UserError: no config or no safetensors, or a file is missing or damaged.
@@ -74,6 +75,7 @@ class BaseFiles:
         self.config = _read_json(path / "config.json")
         self.files = {name: self._open(name) for name in self._file_names()}
         self._where = {name: file for file in self.files.values() for name in file.entries}
+        self.names = self._where.keys()
 
     def _file_names(self) -> list[str]:
         if (self.path / WEIGHTS_FILE).is_file():
@@ -110,6 +112,10 @@ class BaseFiles:
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """Return one weight; in the memory of `out`, bytes, if given."""
         return self._where[name].read(name, out)
+
+    def blocks(self, name: str, span: tuple[int, int], buffer: Tensor) -> Iterator[Tensor]:
+        """Yield the elements of a span of a flattened weight, in parts; see `tensorfile`."""
+        return self._where[name].blocks(name, span, buffer)
 
     def find(self, layer: str) -> str | None:
         """Return the name of a layer's weight in the files, or None if they lack it.

@@ -99,6 +99,38 @@ def aggregate(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="The run's YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs, or ranks without; none: as here.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Of each, such as 80GB; none: as here.")
+    ] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Such as 256GB; none: as here.")] = None,
+    nvme: Annotated[str | None, typer.Option(help="Such as 1TB; none: engine.nvme_path.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="That training reaches on a GPU; none: 40% of an A100.")
+    ] = None,
+) -> None:
+    """Say what a config needs of a machine, from its sizes alone; exit code 1 if it cannot fit."""
+    from rich.console import Console
+
+    from fedex_scale.config import load_config
+    from fedex_scale.machine import describe_machine
+    from fedex_scale.plan_table import show
+    from fedex_scale.planning import make_plan
+
+    machine = describe_machine(gpus, gpu_memory, host_memory, nvme, tflops)
+    made = make_plan(load_config(config, overrides or []), machine)
+    console = Console(highlight=False, width=120)
+    for part in show(made):
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+    raise typer.Exit(int(not made.chosen.fits))
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Option(help="A run's YAML that is to run here.")] = None,
     overrides: Annotated[

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedex_scale import evaluation, models
 from fedex_scale.config import Config
 from fedex_scale.ds_config import read_ds_config
 from fedex_scale.errors import UserError
+from fedex_scale.machine import available_ram
 
 HUB = "https://huggingface.co"
 STALE_LOCK_S = 600
@@ -171,14 +171,14 @@ def _room(config: Config | None) -> Iterator[Finding]:
     if config is not None:
         try:
             weights, adapters = _sizes(config)
-        except (OSError, ValueError, RuntimeError):  # the model was found wanting above
+        except (UserError, OSError, ValueError, RuntimeError):  # the model was found wanting above
             weights = adapters = None
     folder = config.run.path.absolute() if config is not None else Path.cwd()
     while not folder.exists():
         folder = folder.parent
     disk = shutil.disk_usage(folder).free
     yield _compare("disk", f"{disk / _GB:.1f} GB free at {folder}", disk, adapters, "run.dir")
-    ram = _available_ram()
+    ram = available_ram()
     on_gpu = torch.cuda.is_available()
     yield _compare(
         "RAM",
@@ -203,9 +203,7 @@ def _compare(name: str, text: str, there: int, needed: int | None, remedy: str) 
 
 def _sizes(config: Config) -> tuple[int, int]:
     """Return the bytes of the base's weights in memory, and of all adapters on disk, about."""
-    model_config = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    model = models.meta_model(config.model, models.base_config(config.model, offline=True))
     size = {"int8": 1, "nf4": 0.5}.get(
         config.model.quantization, models.resolve_dtype(config.model).itemsize
     )
@@ -216,13 +214,6 @@ def _sizes(config: Config) -> tuple[int, int]:
     clients = (config.partition.num_clients or 1) * config.federation.client_fraction
     # Each client's adapter, the residual of as many, and what the server keeps of a round.
     return int(weights), int(adapter * (2 * clients + 2) * config.federation.rounds)
-
-
-def _available_ram() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return 1024 * int(line.split()[1])
-    return 0
 
 
 def _version(package: str) -> str | None:

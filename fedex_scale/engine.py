@@ -18,6 +18,7 @@ from fedex_scale import distributed, models
 from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Pair
 from fedex_scale.ds_config import EngineSection, read_ds_config
+from fedex_scale.loading import load_base
 from fedex_scale.models import CLIENT, SIDE, ModelSection
 from fedex_scale.parameters import Source, read_float32, read_whole, resident, write_pair
 from fedex_scale.weights import Target
@@ -85,24 +86,23 @@ def build_engine(
             largest_weight=models.largest_weight(model),
             quantization=model.quantization,
         )
-    with _partitioned_loading(ds_config):
-        base = models.load_model(model, dtype, device)
-        if ds_config is None and model.quantization == "none":
-            base.to(device)
-        peft_model = models.add_adapters(base, lora, trains=trains, side_rank=side_rank)
-        if model.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
-        trainable = [p for p in peft_model.parameters() if p.requires_grad]
-        inner = _optimizer(optimizer, trainable, weight_decay)
-        ds_engine = None
-        if ds_config is not None:
-            import deepspeed
+    base = load_base(model, dtype, device, ds_config)
+    if ds_config is None and model.quantization == "none":
+        base.to(device)
+    peft_model = models.add_adapters(base, lora, trains=trains, side_rank=side_rank)
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    trainable = [p for p in peft_model.parameters() if p.requires_grad]
+    inner = _optimizer(optimizer, trainable, weight_decay)
+    ds_engine = None
+    if ds_config is not None:
+        import deepspeed
 
-            ds_engine, *_ = deepspeed.initialize(
-                model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
-            )
-            inner = ds_engine.basic_optimizer
+        ds_engine, *_ = deepspeed.initialize(
+            model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
+        )
+        inner = ds_engine.basic_optimizer
     return Engine(
         model=peft_model,
         layers=models.lora_layers(peft_model),
@@ -156,8 +156,7 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    if not engine.model.training:  # a walk over all modules costs milliseconds
-        engine.model.train()
+    engine.model.train()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(micro_batches):
         batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
@@ -235,19 +234,6 @@ def _lend_shard(engine: Engine, weight: nn.Parameter) -> Iterator[Tensor]:
         yield there
         if there.data_ptr() != here.data_ptr():
             here.copy_(there)
-
-
-@contextmanager
-def _partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
-    """Under ZeRO-3, let transformers load each weight straight into its shards."""
-    if ds_config is None:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-
-    holder = HfDeepSpeedConfig(ds_config)  # transformers sees it for as long as it lives
-    yield
-    del holder
 
 
 def _optimizer(

@@ -52,7 +52,7 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
             else:
                 shutil.copytree(adapter.path, path)
             written[name] = path
-    if state.base_changed:
+    if state.base_changed and not config.model.random:
         _write_base(config, engine, run.final / "base")
         written["base"] = run.final / "base"
     distributed.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from fedex_scale.adapters import LoraSection
@@ -26,13 +30,19 @@ from fedex_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CONFIGS = Path(__file__).parent / "model_configs"
 CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    path: str
+    path: str = ""
     """Hub id or directory of a causal language model."""
+    config: str | None = None
+    """Instead of a path, with random: a config.json, or the name of one that comes along:
+    mistral-7b, gemma2-9b, llama32-3b, smollm2-135m. Its tokens are bytes."""
+    random: bool = False
+    """Draw the weights and load none: for trying out sizes."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -45,6 +55,20 @@ class ModelSection:
     """Hold the frozen base in 8 or 4 bits (bitsandbytes)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
+
+    def __post_init__(self) -> None:
+        if not (self.path or self.config):
+            raise UserError("model.path: missing; add it to the config")
+        if self.config and (not self.random or self.path not in ("", self.config)):
+            raise UserError(
+                f"model.config: {self.config} has no weights; use it with random: true and without "
+                "a path"
+            )
+        if self.random and self.quantization != "none":
+            raise UserError(
+                f"model.random: expected quantization: none, got {self.quantization}; drop one"
+            )
+        object.__setattr__(self, "path", self.path or self.config)
 
 
 def resolve_dtype(section: ModelSection) -> torch.dtype:
@@ -62,6 +86,8 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Return the tokenizer, with a pad token (eos where it has none)."""
+    if section.config:
+        return _byte_tokenizer()
     tokenizer = _load(AutoTokenizer, section)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {section.path} has no EOS token; set one")
@@ -72,8 +98,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned."""
-    config = _load(AutoConfig, section)
-    options = {"dtype": dtype, "attn_implementation": _attention(section, config), "config": config}
+    config = base_config(section)
+    options = {"dtype": dtype, "attn_implementation": attention(section, config), "config": config}
     if section.quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=section.quantization == "int8",
@@ -88,13 +114,47 @@ def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) 
     return model
 
 
+def base_config(section: ModelSection, *, offline: bool = False) -> PretrainedConfig:
+    """Return the model's config.json.
+
+    Args:
+        offline: take the facts that come along for a model of the hub, if there are any.
+
+    Raises:
+        UserError: it cannot be had, or read.
+    """
+    file = section.config or (known_models().get(section.path) if offline else None)
+    if file is None:
+        return _load(AutoConfig, section)
+    names = sorted(path.stem for path in CONFIGS.glob("*.json"))
+    path = CONFIGS / f"{file}.json" if file in names else Path(file)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"model.config: expected a config.json or one of {', '.join(names)}, got {file}"
+        )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.config: cannot read {path}: {reason}") from None
+
+
+def known_models() -> dict[str, str]:
+    """Return the models of the hub whose config.json comes along: its name, by the hub's id."""
+    files = sorted(CONFIGS.glob("*.json"))
+    return {json.loads(file.read_text())["_name_or_path"]: file.stem for file in files}
+
+
+def meta_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model without memory for its weights: shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+
+
 def largest_weight(section: ModelSection) -> int:
     """Return how many elements the model's largest weight has, from its config alone."""
-    config = _load(AutoConfig, section)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=section.trust_remote_code
-        )
+    model = meta_model(section, base_config(section))
     return max(parameter.numel() for parameter in model.parameters())
 
 
@@ -176,10 +236,21 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def _attention(section: ModelSection, config: PretrainedConfig) -> str:
+def attention(section: ModelSection, config: PretrainedConfig) -> str:
+    """Return the attention implementation, resolved."""
     if section.attention != "auto":
         return section.attention
     return "eager" if config.model_type == "gemma2" else "sdpa"
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the bytes, and three more."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokens = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def _linear(module: nn.Module) -> bool:

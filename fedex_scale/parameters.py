@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -79,6 +80,32 @@ def read_whole(parameter: nn.Parameter) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.data.to("cpu", copy=True)
+
+
+def partitioner(ds_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """Return a function that leaves of a parameter the slice of this rank, where ZeRO-3 keeps it.
+
+    Nothing is sent: each rank's slice is its own. DeepSpeed's public way to do so sends rank 0's
+    copy of the whole first.
+    """
+    import deepspeed
+
+    init = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    with init:  # for good: its nn.functional.linear, which does not keep gathered weights
+        pass
+
+    def partition(parameter: nn.Parameter) -> None:
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    return partition
+
+
+def slice_of(numel: int) -> tuple[int, int]:
+    """Return where this rank's slice of a partitioned parameter begins and ends."""
+    size = -(-numel // distributed.world_size())
+    start = min(numel, size * distributed.rank())
+    return start, min(numel, start + size)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import card, distributed, evaluation, faults, models, phases, record
-from fedex_scale.aggregator import default_side_rank
+from fedex_scale import card, distributed, evaluation, faults, models, phases, planning, record
+from fedex_scale.aggregator import side_rank_of
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
 from fedex_scale.config import Config, load_config, to_dict
@@ -64,6 +64,9 @@ def _run_or_resume(config: Config) -> None:
         distributed.together(lambda: evaluation.check_tasks(config.evaluation))
         tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
         clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+        warning = distributed.on_main(lambda: planning.warning(config))
+        if warning:
+            _tell(warning)
         engine = distributed.together(lambda: engine_for(config, len(clients)))
         distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
     for note in found.notes:
@@ -91,11 +94,7 @@ def engine_for(config: Config, num_clients: int) -> Engine:
     train = config.train
     per_forward = train.micro_batch_size * distributed.world_size()
     chosen = len(choose_clients(config.federation, num_clients, config.run.seed, 1))
-    side_rank = default_side_rank(config.method, chosen, config.lora.rank)
-    if config.aggregate.fold != "side":
-        side_rank = 0
-    elif side_rank and config.aggregate.side_rank:
-        side_rank = config.aggregate.side_rank
+    side_rank = side_rank_of(config.method, config.aggregate, chosen, config.lora.rank)
     return build_engine(
         config.model,
         config.lora,

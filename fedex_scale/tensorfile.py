@@ -70,13 +70,25 @@ class SafetensorsReader:
         entry = self.entries[name]
         return self._read(entry, entry.start, entry.end, out).view(entry.shape)
 
-    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-        """Yield a tensor as flat parts of at most `block_bytes`, one after another in one place."""
+    def blocks(
+        self, name: str, span: tuple[int, int] | None = None, buffer: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yield a tensor as flat parts of some 8 MB, one after another in one place.
+
+        Args:
+            span: the elements to read, from one to before the other; None: all.
+            buffer: bytes on the CPU to read into, as many at a time.
+        """
         entry = self.entries[name]
-        step = max(1, block_bytes // entry.dtype.itemsize) * entry.dtype.itemsize
-        block = torch.empty(step, dtype=torch.uint8)
-        for start in range(entry.start, entry.end, step):
-            yield self._read(entry, start, min(start + step, entry.end), block)
+        size = entry.dtype.itemsize
+        begin, end = entry.start, entry.end
+        if span is not None:
+            begin, end = (entry.start + size * place for place in span)
+        if buffer is None:
+            buffer = torch.empty(min(BLOCK_BYTES, end - begin), dtype=torch.uint8)
+        step = max(1, buffer.numel() // size * size)
+        for start in range(begin, end, step):
+            yield self._read(entry, start, min(start + step, end), buffer)
 
     def _read(self, entry: Entry, start: int, end: int, out: Tensor | None) -> Tensor:
         data = torch.empty(end - start, dtype=torch.uint8) if out is None else out[: end - start]

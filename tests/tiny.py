@@ -38,7 +38,9 @@ SENTENCES = [
 ]
 
 
-def make_llama(directory: Path, *, width: int = 48, inner: int = 112) -> Path:
+def make_llama(
+    directory: Path, *, width: int = 48, inner: int = 112, shard_size: str = "150KB"
+) -> Path:
     """Write a 2-layer Llama, in several safetensors files with an index, and its tokenizer."""
     config = LlamaConfig(
         **_tokens(),
@@ -52,7 +54,7 @@ def make_llama(directory: Path, *, width: int = 48, inner: int = 112) -> Path:
         initializer_range=0.1,
         tie_word_embeddings=False,
     )
-    return _save(LlamaForCausalLM, config, directory, max_shard_size="150KB")
+    return _save(LlamaForCausalLM, config, directory, max_shard_size=shard_size)
 
 
 def make_gpt2(directory: Path) -> Path:

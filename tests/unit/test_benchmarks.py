@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -79,6 +80,29 @@ def test_methods_go_on_where_they_were_stopped(tiny_llama: Path, tmp_path: Path)
         for init in ("shared", "per_client")
         for method in ("fedit", "fedex")
     ]
+
+
+def test_gpu_measures_every_part(tmp_path: Path) -> None:
+    result = measured("gpu", tmp_path)
+    assert not result["not_measured"]
+    assert result["ratios"]["tiny: ours / trainer, tokens/s"]["goal"].startswith("goal >= 1.2: ")
+    assert {"tiny, ours: fold: carry", "tiny, ours: client switch"} <= set(result["figures"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_gpu_says_where_there_is_none(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "no CUDA device here" in done.stdout
+
+
+def test_plan_is_near_what_training_takes(tmp_path: Path) -> None:
+    assert 0.5 < measured("plan", tmp_path)["ratios"]["largest error"]["median"] + 0.6 < 1
+
+
+def test_loading_reads_what_a_rank_keeps(tmp_path: Path) -> None:
+    assert measured("loading", tmp_path)["ratios"]["from_pretrained / ours"]["median"] > 1
 
 
 def test_differences_between_methods_are_paired() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
+from fedex_scale.adapters import LoraSection
 from fedex_scale.client import ClientUpdate, TrainSection, learning_rate, num_steps
 from fedex_scale.config import FederationSection
 from fedex_scale.data.batching import plan_steps
+from fedex_scale.engine import EngineSection, build_engine, train_step
+from fedex_scale.models import ModelSection
 from fedex_scale.rounds import choose_clients, client_weights
 
 UPDATE = ClientUpdate(
@@ -100,3 +104,22 @@ def test_the_draw_depends_on_seed_and_round_alone() -> None:
     rounds = [choose_clients(section, 20, seed=0, round=round) for round in range(1, 41)]
     everyone = {client for chosen in rounds for client in chosen}
     assert everyone == set(range(20))
+
+
+def test_every_module_trains_in_training_mode(tiny_llama: Path) -> None:
+    engine = build_engine(
+        ModelSection(path=str(tiny_llama), dtype="float32"),
+        LoraSection(rank=2, dropout=0.5),
+        EngineSection(),
+        trains=frozenset("AB"),
+        side_rank=0,
+        optimizer="adamw",
+        micro_batch_size=1,
+        accumulation=1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
+    engine.model.get_base_model().eval()  # as a loaded model is, whatever its wrapper says
+    ids = torch.arange(8)[None]
+    train_step(engine, [{"input_ids": ids, "labels": ids}], tokens=7, lr=1e-3)
+    assert all(module.training for module in engine.model.modules())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def test_accelerate_config(path: Path) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(config, dict)
     assert config["num_processes"] >= 1
+
+
+def test_examples_for_many_machines() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    hosts = fetch_hostfile(str(ROOT / "launch" / "hostfile.example"))
+    assert hosts == {"node1": 8, "node2": 8}
+    script = ROOT / "launch" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
 def test_lm_eval_finds_every_task_shipped_or_named(tmp_path: Path) -> None:

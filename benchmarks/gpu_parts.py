@@ -1,0 +1,241 @@
+"""What benchmarks/gpu.py measures, each part in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fedex_scale import distributed, models
+from fedex_scale.adapters import Adapter, LoraSection
+from fedex_scale.algebra import LowRank, Pair, compress
+from fedex_scale.client import TrainSection, write_adapter
+from fedex_scale.config import Config
+from fedex_scale.data.sources import DataConfig
+from fedex_scale.engine import (
+    Engine,
+    EngineSection,
+    build_engine,
+    fold_targets,
+    reset_for_client,
+    set_side,
+    train_step,
+)
+from fedex_scale.machine import this_machine
+from fedex_scale.models import ModelSection
+from fedex_scale.planning import make_plan
+from fedex_scale.weights import fold
+
+ROOT = Path(__file__).parents[1]
+LENGTH, STEPS, RANK, CLIENTS = 512, 4, 32, 3
+CUDA = torch.cuda.is_available()
+
+
+def measure(model: str, part: str) -> None:
+    """Measure one part in this process, and print it."""
+
+    deepspeed = str(ROOT / "ds_configs" / f"{part}.json") if part.startswith("zero") else None
+    distributed.join_group(required=deepspeed is not None)
+    micro, checkpointing, planned, flops = choose(model, deepspeed)
+    setting = f"micro-batch {micro}, checkpointing {checkpointing}"
+    if part == "trainer":
+        row = {"tokens": train_trainer(model, micro, checkpointing)}
+    else:
+        row = measure_ours(model, deepspeed, micro, checkpointing)
+        if CUDA:
+            row["planned"] = planned / 1e9
+        if part == "ours":
+            row["rate trained"] = row["tokens"] / (micro * LENGTH) * flops / 1e12
+            row["rate of a matmul"] = matmul_rate() / 1e12
+    print(json.dumps({"setting": setting, **row}))
+    sys.stdout.flush()
+    distributed.leave(0)
+
+
+def config_of(model: str, deepspeed: str | None, micro: int, checkpointing: bool) -> Config:
+
+    return Config(
+        model=ModelSection(
+            config=model,
+            random=True,
+            dtype="bfloat16" if CUDA else "float32",
+            gradient_checkpointing=checkpointing,
+        ),
+        lora=LoraSection(rank=RANK),
+        data=DataConfig(path="none.jsonl", max_length=LENGTH),
+        train=TrainSection(batch_size=micro, micro_batch_size=micro),
+        engine=EngineSection(deepspeed=deepspeed),
+    )
+
+
+def choose(model: str, deepspeed: str | None) -> tuple[int, bool, float, int]:
+    """Return the first setting that fits: micro-batch, checkpointing, planned bytes, FLOPs."""
+
+    machine = this_machine()
+    for micro, checkpointing in ((8, False), (4, False), (8, True), (2, True), (1, True)):
+        made = make_plan(config_of(model, deepspeed, micro, checkpointing), machine)
+        if made.chosen.fits:
+            break
+    # What torch allocates: the plan less what CUDA itself takes.
+    planned = sum(need.gpu for need in made.chosen.needs if need.name != "processes")
+    return micro, checkpointing, planned, made.work.flops
+
+
+def measure_ours(model: str, deepspeed: str | None, micro: int, checkpointing: bool) -> dict:
+
+    config = config_of(model, deepspeed, micro, checkpointing)
+    engine = build_engine(
+        config.model,
+        config.lora,
+        config.engine,
+        trains=frozenset("AB"),
+        side_rank=(CLIENTS - 1) * RANK,
+        optimizer="adamw",
+        micro_batch_size=micro,
+        accumulation=1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
+    batch = {name: value.cpu() for name, value in new_batch(micro).items()}
+
+    def step() -> None:
+        train_step(engine, [batch], tokens=micro * LENGTH, lr=1e-4)
+
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    step()  # makes the optimizer's state
+    row = {"tokens": micro * LENGTH * STEPS / seconds_of(lambda: [step() for _ in range(STEPS)])}
+    if CUDA:
+        row["peak"] = torch.cuda.max_memory_allocated() / 1e9
+    if deepspeed is None:
+        row |= measure_switch(engine, config) | measure_folds(engine)
+    return row
+
+
+def measure_switch(engine: Engine, config: Config) -> dict[str, float]:
+    """Time the end of one client and the beginning of the next: adapter out, adapter in."""
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_adapter(engine, folder / "server", config.lora, "random", who="server")
+
+        def switch(number: int) -> None:
+            out = folder / f"client{number}"
+            write_adapter(engine, out, config.lora, "random", who="client")
+            reset_for_client(engine, Adapter(folder / "server").pair, side=False)
+
+        switch(0)
+        return {"client switch": min(seconds_of(lambda n=n: switch(n)) for n in (1, 2, 3))}
+
+
+def measure_folds(engine: Engine) -> dict[str, float]:
+    """Time a fold into every layer in each mode, and a copy that reads and writes as much."""
+
+    targets, shapes = fold_targets(engine), engine.shapes()
+    columns = (CLIENTS - 1) * RANK
+    factors = {
+        name: LowRank(
+            1e-3 * torch.randn(num_out, columns, device=engine.device),
+            1e-3 * torch.randn(columns, num_in, device=engine.device),
+        )
+        for name, (num_out, num_in) in shapes.items()
+    }
+
+    def into_base(carry: bool) -> Callable[[], None]:
+        return lambda: [fold(targets[n], [piece], carry=carry) for n, piece in factors.items()]
+
+    flats = [layer.get_base_layer().weight.data for layer in engine.layers.values()]
+    room = torch.empty_like(max(flats, key=lambda flat: flat.numel())).view(-1)
+    runs = {
+        "copy of the folded weights": lambda: [room[: f.numel()].copy_(f.view(-1)) for f in flats],
+        "fold: round": into_base(False),
+        "fold: carry": into_base(True),
+        "fold: side": lambda: side_of_all(engine, factors),
+    }
+    for run in runs.values():
+        run()
+    return {name: min(seconds_of(run) for _ in range(3)) for name, run in runs.items()}
+
+
+def side_of_all(engine: Engine, factors: dict[str, LowRank]) -> None:
+    """Compress every residual into the side adapter's rank, as a round does."""
+
+    def side(layer: str, into: Pair | None) -> Pair:
+        kept, _ = compress(factors[layer], (CLIENTS - 1) * RANK)
+        return Pair(kept.V_PI, kept.U_OP)
+
+    set_side(engine, side)
+
+
+def train_trainer(model: str, micro: int, checkpointing: bool) -> float:
+    """Return tokens/s of transformers' Trainer with PEFT, from the end of the first step."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    config = config_of(model, None, micro, checkpointing)
+    settings = models.base_config(config.model)
+    with torch.device("cuda" if CUDA else "cpu"):
+        base = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=models.resolve_dtype(config.model),
+            attn_implementation=models.attention(config.model, settings),
+        )
+    lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    ends: list[float] = []
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            sync()
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch,
+            per_device_train_batch_size=micro,
+            max_steps=1 + STEPS,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=CUDA,
+            use_cpu=not CUDA,
+        )
+        rows = [{k: v[0] for k, v in new_batch(1).items()} for _ in range(micro * (1 + STEPS))]
+        peft_model = get_peft_model(base, lora)
+        if checkpointing:
+            peft_model.enable_input_require_grads()
+        Trainer(peft_model, arguments, train_dataset=rows, callbacks=[Ticks()]).train()
+    return micro * LENGTH * STEPS / (ends[-1] - ends[0])
+
+
+def new_batch(examples: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(5, 300, (examples, LENGTH))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def matmul_rate() -> float:
+    """Return the FLOPs a second of a large square product."""
+    size, dtype = (8192, torch.bfloat16) if CUDA else (256, torch.float32)
+    a, b = (torch.randn(size, size, device="cuda" if CUDA else "cpu", dtype=dtype) for _ in "ab")
+    (a @ b).sum()
+    return 20 * 2 * size**3 / seconds_of(lambda: [a @ b for _ in range(20)])
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    sync()
+    began = time.perf_counter()
+    call()
+    sync()
+    return time.perf_counter() - began
+
+
+def sync() -> None:
+    if CUDA:
+        torch.cuda.synchronize()

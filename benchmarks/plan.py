@@ -1,0 +1,202 @@
+"""The peak memory that `fedex-scale plan` predicts, against that of real training.
+
+    python benchmarks/plan.py [--quick]
+
+Trains a few steps in processes of their own, on the CPU in float32, with random weights: SmolLM2
+and a small Llama; plain PyTorch, ZeRO-2, ZeRO-3 and offload; one and two ranks. A peak is VmHWM,
+over the process with everything imported and joined. Freed memory goes back to the system at once
+(MALLOC_MMAP_THRESHOLD_): otherwise the allocator's habits would be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import Figure, Ratio, report, start
+
+from fedex_scale.distributed import free_port
+from fedex_scale.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STEPS, EXAMPLES, LENGTH = 2, 2, 64
+GOAL = 0.1
+# Allocations from 64 kB on come from the system and go back to it.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 8000,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    model: str
+    deepspeed: str | None = None
+    ranks: int = 1
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        how = (self.deepspeed or "plain") + (", checkpointing" if self.checkpointing else "")
+        return f"{self.model}, {how}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+
+
+SETTINGS = [
+    Setting(model="smollm2-135m"),
+    Setting(model="smollm2-135m", checkpointing=True),
+    Setting(model="smollm2-135m", deepspeed="zero2", ranks=2),
+    Setting(model="smollm2-135m", deepspeed="zero3", ranks=2),
+    Setting(model="small"),
+    Setting(model="small", deepspeed="zero3", ranks=2),
+    Setting(model="small", deepspeed="zero3_offload"),
+    Setting(model="small", deepspeed="zero3_offload", ranks=2, checkpointing=True),
+]
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        small = {**SMALL, "num_hidden_layers": 1} if args.quick else SMALL
+        (folder / "small.json").write_text(json.dumps(small))
+        chosen = SETTINGS[4:5] if args.quick else SETTINGS
+        if args.only:
+            chosen = [setting for setting in SETTINGS if args.only in str(setting)]
+        rows = {str(setting): run(setting, folder) for setting in chosen}
+    report(
+        __file__,
+        f"float32, LoRA of rank 32, {EXAMPLES} x {LENGTH} tokens, {STEPS} steps, ranks together",
+        [
+            Figure(name=f"{name}: {what}", values=[row[what]], unit="MB")
+            for name, row in rows.items()
+            for what in ("predicted", "measured")
+        ],
+        [
+            *(
+                Ratio(name=f"predicted / measured: {name}", values=[row["ratio"]])
+                for name, row in rows.items()
+            ),
+            Ratio(
+                name="largest error",
+                values=[max(abs(row["ratio"] - 1) for row in rows.values())],
+                at_most=GOAL,
+            ),
+        ],
+    )
+
+
+def run(setting: Setting, folder: Path) -> dict[str, float]:
+    """Train in processes of their own; return what was predicted and measured, in MB."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={setting.ranks}"]
+    command += [f"--master-port={free_port()}", __file__, "--rank-of"]
+    command += [json.dumps(vars(setting)), str(folder)]
+    environment = {**os.environ, **MALLOC, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"{setting} failed: {done.stderr.strip()[-2000:]}")
+    lines = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(setting.ranks)]
+    measured = sum(line["peak"] for line in lines) / 1e6
+    predicted = max(line["predicted"] for line in lines) / 1e6
+    return {"predicted": predicted, "measured": measured, "ratio": predicted / measured}
+
+
+def measure_rank(text: str, folder: str) -> None:
+    """Be one rank: predict, train, and print both."""
+    import deepspeed  # noqa: F401  its import is no part of the training
+
+    from fedex_scale import distributed, engine
+
+    setting = Setting(**json.loads(text))
+    config = config_of(setting, Path(folder))
+    distributed.join_group(required=setting.deepspeed is not None)
+    predicted = predict(config, setting.ranks) if distributed.is_main() else 0
+    distributed.barrier()
+    warm_up()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    built = engine.build_engine(
+        config.model,
+        config.lora,
+        config.engine,
+        trains=frozenset("AB"),
+        side_rank=64,
+        optimizer="adamw",
+        micro_batch_size=EXAMPLES,
+        accumulation=1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
+    tokens = torch.randint(5, 200, (EXAMPLES, LENGTH))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    for _ in range(STEPS):
+        engine.train_step(built, [batch], tokens=EXAMPLES * LENGTH * setting.ranks, lr=1e-4)
+    peak = 1000 * (_status("VmHWM") - before) * 1.024
+    found = {"predicted": predicted, "peak": peak}
+    (Path(folder) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.leave(0)
+
+
+def config_of(setting: Setting, folder: Path):
+    """Return the run's config."""
+    import yaml
+
+    from fedex_scale.config import load_config
+
+    file = setting.deepspeed and str(ROOT / "ds_configs" / f"{setting.deepspeed}.json")
+    small = setting.model == "small"
+    tree = {
+        "model": {
+            "config": str(folder / "small.json") if small else setting.model,
+            "random": True,
+            "dtype": "float32",
+            "gradient_checkpointing": setting.checkpointing,
+        },
+        "data": {"path": "none.jsonl", "max_length": LENGTH, "num_examples": 100},
+        "train": {"micro_batch_size": EXAMPLES, "batch_size": EXAMPLES},
+        "engine": {"deepspeed": file},
+    }
+    path = folder / f"{os.getpid()}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return load_config(path)
+
+
+def predict(config, ranks: int) -> float:
+    """Return the bytes in host RAM that `plan` names, less those of the bare processes."""
+    from fedex_scale.machine import Machine
+    from fedex_scale.planning import make_plan
+
+    chosen = make_plan(config, Machine(gpus=ranks)).chosen
+    return sum(need.host for need in chosen.needs if need.name != "processes")
+
+
+def warm_up() -> None:
+    """Let the libraries allocate what they need for any computation."""
+    layer = torch.nn.Linear(64, 64)
+    layer(torch.ones(4, 64)).sum().backward()
+
+
+def _status(name: str) -> float:
+    """Return a size in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank-of"]:
+        measure_rank(*sys.argv[2:])
+    else:
+        only = {"help": "those settings whose name has this in it, such as zero3"}
+        start(__doc__, benchmark, only=only)

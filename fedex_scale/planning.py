@@ -1,0 +1,243 @@
+"""`fedex-scale plan`: what a config needs with each DeepSpeed file, and what would make it fit."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedex_scale import distributed, footprint, models
+from fedex_scale.aggregator import side_rank_of
+from fedex_scale.client import num_steps
+from fedex_scale.communication import Traffic, traffic
+from fedex_scale.config import Config
+from fedex_scale.errors import UserError
+from fedex_scale.footprint import Weights, Work
+from fedex_scale.machine import Machine, this_machine
+from fedex_scale.methods import METHODS
+from fedex_scale.plan import PLAIN, Estimate, estimate, read_settings
+from fedex_scale.rounds import choose_clients
+
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+TITLES = {"gpu": "each GPU", "host": "host RAM", "nvme": "NVMe", "disk": "disk"}
+_GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan` tells.
+
+    Fields:
+        chosen: of the config as it stands.
+        others: of every DeepSpeed file, the chosen one included.
+        remedy: the change that makes the config fit at the least cost in time; None where it
+            fits, or nothing helps.
+        steps: of a client in a round; None where the number of rows is not known.
+        clients: of a round.
+    """
+
+    config: Config
+    machine: Machine
+    weights: Weights
+    work: Work
+    chosen: Estimate
+    others: tuple[Estimate, ...]
+    remedy: str | None
+    steps: int | None
+    clients: int
+    traffic: Traffic
+
+
+def make_plan(config: Config, machine: Machine) -> Plan:
+    """Plan a run. Nothing is loaded, and no weights are needed.
+
+    Raises:
+        UserError: the model's config or the DeepSpeed file cannot be read.
+    """
+    machine = _with_nvme(config, machine)
+    sizes = _Sizes(config, machine)
+    chosen = sizes.estimate(config)
+    remedy = None
+    if not chosen.fits:
+        remedy = _cheapest(config, machine, sizes)
+    files = {PLAIN: None, **{file.stem: str(file) for file in sorted(DS_CONFIGS.glob("*.json"))}}
+    own = config.engine.deepspeed
+    files[Path(own).stem if own else PLAIN] = own
+    others = [
+        sizes.estimate(replace(config, engine=replace(config.engine, deepspeed=file)))
+        for file in files.values()
+    ]
+    return Plan(
+        config=config,
+        machine=machine,
+        weights=sizes.weights,
+        work=sizes.work(config),
+        chosen=chosen,
+        others=tuple(others),
+        remedy=remedy,
+        steps=_steps(config, sizes.one_client),
+        clients=sizes.clients,
+        traffic=traffic(
+            sizes.weights.shapes,
+            rank=config.lora.rank,
+            num_clients=sizes.clients,
+            rounds=config.federation.rounds,
+            method=config.method,
+            initial=sizes.weights.base,
+        ),
+    )
+
+
+def warning(config: Config) -> str | None:
+    """Return a line where this machine cannot hold the config, activations left aside.
+
+    None, too, where there are several machines, or the model is found wanting: loading says so.
+    """
+    machine = this_machine()
+    if machine.gpus != distributed.world_size():
+        return None
+    try:
+        found = _Sizes(config, machine).estimate(config, with_work=False)
+    except UserError:
+        return None
+    places = [place for place in found.lacks if place in ("gpu", "host")]
+    if not places:
+        return None
+    asked = ", ".join(f"{found.total(p) / _GB:.1f} GB in {TITLES[p]}" for p in places)
+    return (
+        f"warning: this run needs at least {asked}, more than there is here; fedex-scale plan "
+        "names what would fit"
+    )
+
+
+class _Sizes:
+    """A config's shapes, counted once, and a micro-batch's work, counted once a setting."""
+
+    def __init__(self, config: Config, machine: Machine) -> None:
+        self.machine = machine
+        self.dtype = models.resolve_dtype(config.model)
+        if config.model.dtype == "auto" and not machine.is_cpu:
+            self.dtype = torch.bfloat16
+        method = METHODS[config.method.name]
+        self.one_client = method.one_client
+        number = 1 if method.one_client else config.partition.num_clients
+        self.clients = len(choose_clients(config.federation, number, 0, 1))
+        side_rank = side_rank_of(config.method, config.aggregate, self.clients, config.lora.rank)
+        self._model = footprint.shape_model(
+            config.model, config.lora, dtype=self.dtype, trains=method.trains, side_rank=side_rank
+        )
+        self.weights = footprint.count_weights(self._model)
+        self._works: dict[tuple, Work] = {}
+
+    def work(self, config: Config) -> Work:
+        key = (config.train.micro_batch_size, config.model.gradient_checkpointing)
+        if key not in self._works:
+            self._works[key] = footprint.run_shapes(
+                self._model,
+                examples=config.train.micro_batch_size,
+                length=config.data.max_length,
+                checkpointing=config.model.gradient_checkpointing,
+            )
+        return self._works[key]
+
+    def estimate(self, config: Config, *, with_work: bool = True) -> Estimate:
+        return estimate(
+            config,
+            read_settings(config.engine.deepspeed),
+            self.machine,
+            self.weights,
+            self.work(config) if with_work else None,
+            self.dtype,
+            clients=self.clients,
+        )
+
+
+def _with_nvme(config: Config, machine: Machine) -> Machine:
+    """Add the room on this machine's NVMe where the config uses one, and none is described."""
+    settings = read_settings(config.engine.deepspeed) or {}
+    offload = settings.get("zero_optimization", {}).get("offload_param") or {}
+    if offload.get("device") != "nvme" or machine.nvme is not None:
+        return machine
+    path = config.engine.nvme_path
+    if path is None or not Path(path).is_dir():
+        raise UserError(
+            f"engine.nvme_path: expected a directory on a local NVMe, got {path or 'none'}; make "
+            "it, or describe another machine with --nvme 1TB"
+        )
+    try:
+        os.close(os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT))
+    except OSError as error:
+        raise UserError(
+            "engine.nvme_path: expected a file system for direct access (AIO) and leave to write, "
+            f"got {path} ({error.strerror}); choose a directory on a local disk"
+        ) from None
+    return replace(machine, nvme=shutil.disk_usage(path).free)
+
+
+def _cheapest(config: Config, machine: Machine, sizes: _Sizes) -> str | None:
+    """Return the overrides that make a config fit at the least cost in time, or None.
+
+    A base of 8 or 4 bits is another model: only where nothing else helps.
+    """
+    fitting = []
+    for number, other in enumerate(_changes(config, machine)):
+        found = sizes.estimate(other)
+        if found.fits:
+            packed = other.model.quantization != config.model.quantization
+            fitting.append((packed, found.step_s or 0, number, other))
+    return _overrides(config, min(fitting)[3]) if fitting else None
+
+
+def _changes(config: Config, machine: Machine) -> Iterator[Config]:
+    """Yield configs that may fit where the given one does not, small changes first."""
+    own = config.engine.deepspeed
+    names = ["zero2", "zero3", "zero3_offload", *["zero3_nvme"] * (machine.nvme is not None)]
+    files = [own, None, *(str(DS_CONFIGS / f"{name}.json") for name in names)]
+    files = [file for file in dict.fromkeys(files) if file is None or Path(file).is_file()]
+    packings = ["none"] if config.model.random else ["none", "int8", "nf4"]
+    sizes = sorted({config.train.micro_batch_size, 1}, reverse=True)
+    for packing in packings:
+        for size in sizes:
+            for checkpointing in sorted({config.model.gradient_checkpointing, True}):
+                for file in files:
+                    yield replace(
+                        config,
+                        engine=replace(config.engine, deepspeed=file),
+                        train=replace(config.train, micro_batch_size=size),
+                        model=replace(
+                            config.model,
+                            gradient_checkpointing=checkpointing,
+                            quantization=packing,
+                        ),
+                    )
+
+
+def _overrides(config: Config, other: Config) -> str:
+    """Return what another config changes, as it is written on the command line."""
+    words = []
+    for name in ("engine.deepspeed", "model.gradient_checkpointing", "model.quantization"):
+        words += _override(config, other, name)
+    return " ".join(words + _override(config, other, "train.micro_batch_size"))
+
+
+def _override(config: Config, other: Config, name: str) -> list[str]:
+    section, _, key = name.partition(".")
+    old, new = (getattr(getattr(c, section), key) for c in (config, other))
+    if old == new:
+        return []
+    if key == "deepspeed":
+        new = f"ds_configs/{Path(new).name}" if new else "null"
+    return [f"{name}={str(new).lower()}"]
+
+
+def _steps(config: Config, one_client: bool) -> int | None:
+    rows = config.data.num_examples
+    if rows is None:
+        return config.train.max_steps
+    share = 1 if one_client else config.partition.num_clients
+    return num_steps(math.ceil(rows / share), config.train)
