@@ -53,7 +53,7 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _short(value: object) -> str:
-    return f"{100 * value:.2g}%" if isinstance(value, float) else str(value)
+    return f"{100 * value:.4g}%" if isinstance(value, float) else str(value)
 
 
 def train(model: str, scratch: Path, init: str, steps: int) -> list[Adapter]:

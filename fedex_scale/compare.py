@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from fedex_scale.errors import UserError
+from fedex_scale.errors import UserError, reading
 
 BOOTSTRAPS = 10_000
 LEVEL = 0.95
@@ -97,7 +97,7 @@ def read_verdicts(path: Path) -> Verdicts:
     if file is None:
         raise UserError(f"{path}: expected a scored run or its results, found no samples.jsonl")
     verdicts: Verdicts = defaultdict(dict)
-    with file.open(encoding="utf-8") as lines:
+    with reading(file, "score again"), file.open(encoding="utf-8") as lines:
         for line in lines:
             sample = json.loads(line)
             example = f"{sample['doc_id']} {sample['doc_hash']}"

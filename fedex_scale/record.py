@@ -18,7 +18,7 @@ import yaml
 import fedex_scale
 from fedex_scale import communication
 from fedex_scale.adapters import Adapter
-from fedex_scale.errors import UserError
+from fedex_scale.errors import UserError, reading
 from fedex_scale.methods import METHODS, MethodConfig
 from fedex_scale.state import RunDir
 
@@ -56,6 +56,11 @@ def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any
         UserError: no run directory, or a file in it that cannot be read.
     """
     config = _read_config(run)
+    with reading(run.path, "restore the files of this run"):
+        return _gather(run, config, known)
+
+
+def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
     if known is None:
         file = run.path / REPORT_FILE
         known = _read_json(file).get("facts", {}) if file.is_file() else {}
@@ -189,7 +194,7 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
     """Return a JSON object that has these keys."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON ({error}); restore this file of the run") from None
     missing = [key for key in keys if not isinstance(tree, dict) or key not in tree]
     if missing:

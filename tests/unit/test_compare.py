@@ -64,3 +64,12 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         compare([one, write(tmp_path / "shifted", [0.0, 1.0], first=1)])
     with pytest.raises(UserError, match=r"task t: .* 0 in .*other"):
         compare([one, write(tmp_path / "other", [0.0, 1.0], task="u")])
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, "3", '{"doc_id": 1}'], ids=lambda x: x[:9])
+def test_damaged_samples_are_named(tmp_path: Path, line: str) -> None:
+    whole = write(tmp_path / "a", [1.0])
+    (write(tmp_path / "b", [1.0]) / "samples.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"samples.jsonl: damaged .*; score again") as caught:
+        compare([whole, tmp_path / "b"])
+    assert len(str(caught.value)) < 500
