@@ -116,7 +116,7 @@ def test_three_ways_to_score_a_pretrained_model_agree(
         f"model.path={MODEL}",
         "federation.rounds=1",
         "evaluation.before=false",
-        "train.max_steps=2",
+        "train.max_steps=3",
         "train.learning_rate=0.003",
     )
     live = score_again(run, data_dir, tmp_path)

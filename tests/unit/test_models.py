@@ -185,7 +185,7 @@ def test_attention(setting: str, model_type: str, expected: str) -> None:
 
     config = AutoConfig.for_model(model_type)
     section = ModelSection(path="x", attention=setting)
-    assert models._attention(section, config) == expected
+    assert models.attention(section, config) == expected
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "models/of/mine"])
