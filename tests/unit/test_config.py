@@ -180,7 +180,7 @@ def test_all_problems_are_named_at_once(load) -> None:
 
 
 def test_a_model_needs_a_path_or_a_config(load) -> None:
-    with pytest.raises(UserError, match="model.path: missing; add it to the config"):
+    with pytest.raises(UserError, match=r"model\.path: missing; add it to the config"):
         load(model={"dtype": "float32"})
 
 
