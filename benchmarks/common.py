@@ -152,6 +152,17 @@ def report(
     print(json.dumps(line))
 
 
+def memory(name: str) -> float:
+    """Return VmRSS, this process's memory, or VmHWM, its peak, in bytes; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(x.split()[1] for x in lines if x.startswith(f"{name}:")))
+
+
+def forget_peak() -> None:
+    """Let VmHWM count from here; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def describe_machine() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

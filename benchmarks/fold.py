@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from common import Figure, Ratio, in_turns, quotients, report, start
+from common import Figure, Ratio, forget_peak, in_turns, memory, quotients, report, start
 from torch import Tensor
 
 from fedex_scale.algebra import Clients, LowRank, Pair, mean_pair, residual
@@ -114,16 +113,10 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 def peak_of(call: Callable[[], object]) -> float:
     """Return by how many MB this process's resident memory rose at most; Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    forget_peak()
+    before = memory("VmRSS")
     call()
-    return (_status("VmHWM") - before) / 1e3
-
-
-def _status(name: str) -> float:
-    """Return a size in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+    return (memory("VmHWM") - before) / 1e6
 
 
 if __name__ == "__main__":

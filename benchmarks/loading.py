@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import Figure, Ratio, report, start
+from common import Figure, Ratio, forget_peak, memory, report, start
 from transformers import LlamaConfig
 
 from fedex_scale.distributed import free_port
@@ -128,19 +128,13 @@ def measure_rank(way: str, model: str) -> None:
     if way == "transformers":
         loading._why_not = lambda model, folder: "as asked"
     section = ModelSection(path=model, dtype="bfloat16")
-    Path("/proc/self/clear_refs").write_text("5")
-    before, began = _status("VmRSS"), time.perf_counter()
+    forget_peak()
+    before, began = memory("VmRSS"), time.perf_counter()
     loading.load_base(section, torch.bfloat16, distributed.device(), ds_config)
     seconds = time.perf_counter() - began
-    found = {"peak_gb": (_status("VmHWM") - before) * 1024 / 1e9, "seconds": seconds}
+    found = {"peak_gb": (memory("VmHWM") - before) / 1e9, "seconds": seconds}
     (Path(model) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.leave(0)
-
-
-def _status(name: str) -> float:
-    """Return a size in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Figure, Ratio, report, start
+from common import Figure, Ratio, forget_peak, memory, report, start
 
 from fedex_scale.distributed import free_port
 from fedex_scale.errors import UserError
@@ -125,8 +125,8 @@ def measure_rank(text: str, folder: str) -> None:
     predicted = predict(config, setting.ranks) if distributed.is_main() else 0
     distributed.barrier()
     warm_up()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    forget_peak()
+    before = memory("VmRSS")
     built = engine.build_engine(
         config.model,
         config.lora,
@@ -143,8 +143,7 @@ def measure_rank(text: str, folder: str) -> None:
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for _ in range(STEPS):
         engine.train_step(built, [batch], tokens=EXAMPLES * LENGTH * setting.ranks, lr=1e-4)
-    peak = 1000 * (_status("VmHWM") - before) * 1.024
-    found = {"predicted": predicted, "peak": peak}
+    found = {"predicted": predicted, "peak": memory("VmHWM") - before}
     (Path(folder) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.leave(0)
 
@@ -186,12 +185,6 @@ def warm_up() -> None:
     """Let the libraries allocate what they need for any computation."""
     layer = torch.nn.Linear(64, 64)
     layer(torch.ones(4, 64)).sum().backward()
-
-
-def _status(name: str) -> float:
-    """Return a size in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 if __name__ == "__main__":
