@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, start
 from peft import PeftModel
+from test_report import BROWSER, make_report, visit
 from transformers import AutoModelForCausalLM
 
 from fedex_scale.data.word_problems import generate, write_jsonl
@@ -53,3 +54,8 @@ def test_quickstart_in_short(tmp_path: Path) -> None:
         by_final = exact(input_ids=ids).logits
     assert (by_exact - untouched).abs().max() > 0.1
     assert (by_exact - by_final).abs().max() < 1e-3
+    page = make_report(run)
+    assert "SmolLM2-135M-Instruct" in page.read_text(encoding="utf-8")
+    if BROWSER:
+        seen = visit(page, tmp_path)
+        assert (seen.console, seen.requests) == ([], [])
