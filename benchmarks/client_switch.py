@@ -2,23 +2,23 @@
 
     .venv/bin/python benchmarks/client_switch.py [--model models/SmolLM2-135M-Instruct] [--quick]
 
-A switch lasts from the end of a client's last step to the start of the next one's first: write
-the finished client's adapter, give the engine the server's, forget the optimizer's state, plan
-the data, seed, and collate the first batch. Building anew is `from_pretrained`, `get_peft_model`
-and a new optimizer. The authors' code then loads the server's whole state dict, too: that is the
-second ratio. It saves no client's adapter, as it holds all clients in memory.
+Watched in the round loop itself, with clients of three short steps. A switch lasts from the end of
+a client's last step to the start of the next one's first: copy the finished client's adapter, which
+is written and saved while the next one trains, give the engine the server's, forget the optimizer's
+state, plan the data, seed, and collate the first batch. Building anew is `from_pretrained`,
+`get_peft_model` and a new optimizer. The authors' code then loads the server's whole state dict,
+too: that is the second ratio. It saves no client's adapter, as it holds all clients in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import numpy as np
@@ -26,40 +26,38 @@ import torch
 from common import Figure, Ratio, in_turns, new_peft_model, quotients, report, start
 from torch import Tensor
 
-from fedex_scale import client
-from fedex_scale.adapters import Adapter, LoraSection
-from fedex_scale.algebra import Pair
+from fedex_scale import client, rounds, saves
+from fedex_scale.adapters import LoraSection
+from fedex_scale.config import Config, FederationSection, RunSection
 from fedex_scale.data.batching import Examples
-from fedex_scale.engine import Engine, EngineSection, build_engine
-from fedex_scale.methods import fresh_pair
+from fedex_scale.data.sources import DataConfig
+from fedex_scale.engine import Engine
 from fedex_scale.models import ModelSection
+from fedex_scale.run import engine_for, make_directory
+from fedex_scale.saves import Saver
+from fedex_scale.state import RunDir
 
 LORA = LoraSection(rank=32, alpha=16)
+CLIENTS, STEPS = 6, 3
 NUM_EXAMPLES = 3_333  # of one client: the paper's 10,000 over 3
-WATCHED = ("train_step", "reset_for_client")
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    engine = build_engine(
-        ModelSection(path=args.model, dtype="float32"),
-        LORA,
-        EngineSection(),
-        trains=frozenset("AB"),
-        side_rank=2 * LORA.rank,  # what a fedex run with 3 clients has
-        optimizer="adamw",
-        micro_batch_size=1,
-        accumulation=1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-    )
-    state = new_peft_model(args.model, LORA).state_dict()
     with tempfile.TemporaryDirectory() as scratch:
-        server, out = Path(scratch) / "server", Path(scratch) / "clients"
-        write_server(engine, server, args.model)
-        examples = random_examples(NUM_EXAMPLES)
+        config = Config(
+            run=RunSection(dir=scratch),
+            model=ModelSection(path=args.model, dtype="float32"),
+            data=DataConfig(path="none"),
+            lora=LORA,
+            train=client.TrainSection(batch_size=8, micro_batch_size=8, max_steps=STEPS),
+            federation=FederationSection(rounds=1),
+        )
+        engine = engine_for(config, CLIENTS)
+        state = new_peft_model(args.model, LORA).state_dict()
+        examples = [random_examples(NUM_EXAMPLES) for _ in range(CLIENTS)]
 
         def switch() -> dict[str, float]:
-            return measure_switch(engine, examples, server, out, args.model)
+            return measure_switches(config, engine, examples)
 
         switch()  # warms up
         values = in_turns([lambda: build_anew(args.model, state), switch], 2 if args.quick else 9)
@@ -88,47 +86,45 @@ def build_anew(model: str, state: dict[str, Tensor]) -> dict[str, float]:
     return {"anew": 1e3 * (built - began), "anew, server's state loaded": 1e3 * (loaded - began)}
 
 
-def measure_switch(
-    engine: Engine, examples: Examples, server: Path, out: Path, base: str
-) -> dict[str, float]:
-    """Train two clients for one short step each; return the milliseconds between the steps."""
-    section = client.TrainSection(batch_size=1, max_steps=1, warmup_ratio=0.0)
-    with watch(*WATCHED) as calls:
-        for number in range(2):
-            update = client.train_client(
-                engine,
-                examples,
-                Adapter(server).pair,
-                section,
-                seed=0,
-                round=1,
-                client=number,
-                side=False,
-                pad_id=0,
-                on_step=lambda fields: None,
-            )
-            ended = time.perf_counter()
-            client.write_client(engine, update, out / str(number), LORA, base)
-            if number == 0:
-                write_s = time.perf_counter() - ended
-    (_, begin), (end, _) = calls["train_step"]
-    reset_begin, reset_end = calls["reset_for_client"][1]
-    shutil.rmtree(out)  # a run writes new files and no file twice
+def measure_switches(config: Config, engine: Engine, clients: list[Examples]) -> dict[str, float]:
+    """Do a round of a few short steps; return the milliseconds of a switch, and of its parts."""
+    run = RunDir(config.run.path)
+    make_directory(config, run, "{}")
+    with ExitStack() as stack:
+        steps = stack.enter_context(watch(client, "train_step"))
+        resets = stack.enter_context(watch(client, "reset_for_client"))
+        taken = stack.enter_context(watch(saves, "take_factors"))
+        written = stack.enter_context(watch(saves, "write_client"))
+        saved = stack.enter_context(watch(saves.checkpoint, "publish"))
+        saver = stack.enter_context(Saver(config, engine, run, None))
+        rounds.run_rounds(
+            config,
+            engine,
+            clients,
+            run,
+            saver,
+            pad_id=0,
+            evaluate=lambda round: None,
+            log=lambda event, **fields: None,
+        )
+    firsts = [steps[k * STEPS][0] for k in range(1, CLIENTS)]
+    lasts = [steps[k * STEPS - 1][1] for k in range(1, CLIENTS)]
+
+    def typical(values: Iterator[float]) -> float:
+        return 1e3 * median(values)
+
     return {
-        "switch": 1e3 * (end - begin),
-        "  write the client's adapter": 1e3 * write_s,
-        "  give the engine the server's": 1e3 * (reset_end - reset_begin),
-        "  plan, seed, collate": 1e3 * (end - reset_end),
+        "switch": typical(first - last for first, last in zip(firsts, lasts, strict=True)),
+        "  copy the client's adapter": typical(end - begin for begin, end in taken),
+        "  give the engine the server's": typical(end - begin for begin, end in resets[1:]),
+        "  plan, seed, collate": typical(
+            first - end for first, (_, end) in zip(firsts, resets[1:], strict=True)
+        ),
+        "in the background: write the client's": typical(end - begin for begin, end in written),
+        "in the background: save the run's place": typical(
+            end - begin for begin, end in saved[1 : CLIENTS + 1]
+        ),
     }
-
-
-def write_server(engine: Engine, directory: Path, base: str) -> None:
-    """Write an adapter that clients can begin with."""
-    generator = torch.Generator().manual_seed(0)
-    with client.open_adapter(engine, directory, LORA, base) as writer:
-        for layer, (num_out, num_in) in engine.shapes().items():
-            like = Pair(torch.empty(LORA.rank, num_in), torch.empty(num_out, LORA.rank))
-            writer.write(layer, fresh_pair(like, generator))
 
 
 def random_examples(count: int) -> Examples:
@@ -145,13 +141,10 @@ def random_examples(count: int) -> Examples:
 
 
 @contextmanager
-def watch(*names: str) -> Iterator[dict[str, list[tuple[float, float]]]]:
-    """Note when each call of these functions by client.py begins and ends."""
-    calls: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        for name in names:
-            timed = _timed(getattr(client, name), calls[name])
-            stack.enter_context(patch.object(client, name, timed))
+def watch(module: object, name: str) -> Iterator[list[tuple[float, float]]]:
+    """Note when each call of a function of this module begins and ends."""
+    calls: list[tuple[float, float]] = []
+    with patch.object(module, name, _timed(getattr(module, name), calls)):
         yield calls
 
 

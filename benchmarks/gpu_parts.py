@@ -165,7 +165,7 @@ def measure_folds(engine: Engine) -> dict[str, float]:
 def side_of_all(engine: Engine, factors: dict[str, LowRank]) -> None:
     """Compress every residual into the side adapter's rank, as a round does."""
 
-    def side(layer: str, into: Pair | None) -> Pair:
+    def side(layer: str) -> Pair:
         kept, _ = compress(factors[layer], (CLIENTS - 1) * RANK)
         return Pair(kept.V_PI, kept.U_OP)
 

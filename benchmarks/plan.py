@@ -118,6 +118,7 @@ def measure_rank(text: str, folder: str) -> None:
     import deepspeed  # noqa: F401  its import is no part of the training
 
     from fedex_scale import distributed, engine
+    from fedex_scale.algebra import Pair
 
     setting = Setting(**json.loads(text))
     config = config_of(setting, Path(folder))
@@ -139,6 +140,10 @@ def measure_rank(text: str, folder: str) -> None:
         weight_decay=0.0,
         max_grad_norm=1.0,
     )
+    # As in a run: the server's adapter on each rank, on one a client's that is being written.
+    held = [dict(engine.read_pairs(built))]
+    if distributed.is_main():
+        held.append({name: Pair(*(x.clone() for x in pair)) for name, pair in held[0].items()})
     tokens = torch.randint(5, 200, (EXAMPLES, LENGTH))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for _ in range(STEPS):

@@ -112,7 +112,7 @@ def train_ours(
         train_client(
             engine,
             examples,
-            lambda layer, into: begin[layer],
+            lambda layer: begin[layer],
             TRAIN,
             seed=SEED,
             round=1,

@@ -88,23 +88,10 @@ class Adapter:
         varies = bool(self.config.get("rank_pattern"))
         self.rank: int = max(map(self.rank_of, self.layers)) if varies else self.config["r"]
 
-    def pair(self, layer: str, into: Pair | None = None) -> Pair:
-        """Return A (R, I) and B (O, R) of one layer, in the dtype of the file.
-
-        Args:
-            into: contiguous tensors on the CPU to read into, if shapes and dtype are the file's.
-        """
+    def pair(self, layer: str) -> Pair:
+        """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
         self.shapes(layer)
-        keys = [_key(layer, name) for name in "AB"]
-        for key, out in zip(keys, into or (), strict=False):
-            entry = self.file.entries[key]
-            if (entry.dtype, entry.shape) != (out.dtype, tuple(out.shape)):
-                into = None
-        if into is None:
-            return Pair(*map(self.file.read, keys))
-        for key, out in zip(keys, into, strict=True):
-            self.file.read(key, out.view(-1).view(torch.uint8))
-        return into
+        return Pair(*(self.file.read(_key(layer, name)) for name in "AB"))
 
     def shapes(self, layer: str) -> tuple[int, int]:
         """Return (O, I) of one layer without reading its tensors."""
@@ -235,6 +222,13 @@ class AdapterWriter:
     def write(self, layer: str, pair: Pair) -> None:
         self._writer.write(_key(layer, "A"), pair.A_RI)
         self._writer.write(_key(layer, "B"), pair.B_OR)
+
+    def write_all(self, pairs: Mapping[str, Pair]) -> None:
+        """Write every layer, where they are in memory."""
+        factors = {"A": 0, "B": 1}
+        self._writer.write_whole(
+            {_key(layer, x): pair[i] for layer, pair in pairs.items() for x, i in factors.items()}
+        )
 
     def write_full(self, name: str, blocks: Iterator[Tensor]) -> None:
         """Write a whole weight that comes along, as flat parts."""

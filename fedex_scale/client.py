@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import transformers
 
 from fedex_scale import distributed, faults, phases
 from fedex_scale.adapters import AdapterWriter, LoraSection
+from fedex_scale.algebra import Pair
 from fedex_scale.data.batching import Examples, collate, plan_steps, shard
 from fedex_scale.engine import (
     OPTIMIZERS,
@@ -192,16 +193,30 @@ def train_client(
     )
 
 
-@phase("writing")
+def take_factors(engine: Engine, update: ClientUpdate) -> dict[str, Pair]:
+    """Return the adapter that the engine holds, on rank 0; every rank must take part.
+
+    It stays as it is when the engine goes on to another client.
+
+    Raises:
+        ClientFailure: it is not finite.
+    """
+    pairs = _finite_pairs(engine, who=f"round {update.round}, client {update.client}")
+    return {layer: pair for layer, pair in pairs if distributed.is_main()}
+
+
 def write_client(
-    engine: Engine, update: ClientUpdate, directory: Path, lora: LoraSection, base: str
+    engine: Engine,
+    update: ClientUpdate,
+    factors: Mapping[str, Pair],
+    directory: Path,
+    lora: LoraSection,
+    base: str,
 ) -> None:
-    """Write the adapter that the engine holds as a PEFT directory; every rank must take part."""
-    who = f"round {update.round}, client {update.client}"
-    write_adapter(engine, directory, lora, base, who=who)
-    if distributed.is_main():
-        (directory / CLIENT_FILE).write_text(json.dumps(asdict(update), indent=2) + "\n")
-    distributed.barrier()
+    """Write what a client sends as a PEFT directory; rank 0 alone, and in any thread."""
+    with open_adapter(engine, directory, lora, base) as writer:
+        writer.write_all(factors)
+    (directory / CLIENT_FILE).write_text(json.dumps(asdict(update), indent=2) + "\n")
 
 
 def read_update(directory: Path) -> ClientUpdate:
@@ -224,13 +239,7 @@ def write_adapter(
         write = None
         if distributed.is_main():
             write = stack.enter_context(open_adapter(engine, directory, lora, base)).write
-        for layer, pair in read_pairs(engine):
-            # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
-            if not all(math.isfinite(factor.sum()) for factor in pair):
-                raise ClientFailure(
-                    f"{who}, layer {layer}: expected finite factors, got NaN or Inf; "
-                    "lower train.learning_rate or look at its data"
-                )
+        for layer, pair in _finite_pairs(engine, who=who):
             if write is not None:
                 write(layer, pair)
 
@@ -246,6 +255,17 @@ def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) 
         use_rslora=lora.use_rslora,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in engine.layers.values()),
     )
+
+
+def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair]]:
+    for layer, pair in read_pairs(engine, copy=False):
+        # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
+        if not all(math.isfinite(factor.sum()) for factor in pair):
+            raise ClientFailure(
+                f"{who}, layer {layer}: expected finite factors, got NaN or Inf; "
+                "lower train.learning_rate or look at its data"
+            )
+        yield layer, pair
 
 
 def _micro_batches(

@@ -127,7 +127,7 @@ def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
     if side != (SIDE in engine.model.active_adapters):  # a walk over all modules costs as a read
         models.activate(engine.model, trains=engine.trains, side=side)
     for name, layer in engine.layers.items():
-        write_pair(layer, CLIENT, lambda into, name=name: source(name, into))
+        write_pair(layer, CLIENT, source(name))
 
 
 def reset_for_client(engine: Engine, source: Source, *, side: bool) -> None:
@@ -177,11 +177,16 @@ def train_step(
     return distributed.sum_over_ranks(float(total))[0]
 
 
-def read_pairs(engine: Engine) -> Iterator[tuple[str, Pair]]:
-    """Yield the client adapter layer by layer, float32 on the CPU; every rank must take part."""
+def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair]]:
+    """Yield the client adapter layer by layer, float32 on the CPU; every rank must take part.
+
+    Args:
+        copy: if not, the tensors may be the engine's own memory: a next step would change them,
+            but not a next client, which gets memory of its own.
+    """
     for name, layer in engine.layers.items():
         A, B = layer.lora_A[CLIENT].weight, layer.lora_B[CLIENT].weight
-        yield name, Pair(read_float32(A), read_float32(B))
+        yield name, Pair(read_float32(A, copy=copy), read_float32(B, copy=copy))
 
 
 def read_base_weight(engine: Engine, layer: str) -> Tensor:
@@ -193,7 +198,7 @@ def set_side(engine: Engine, source: Source) -> None:
     """Set the side adapter on this rank; it counts once `set_adapter` is told so."""
     _release(engine)
     for name, layer in engine.layers.items():
-        write_pair(layer, SIDE, lambda into, name=name: source(name, into))
+        write_pair(layer, SIDE, source(name))
 
 
 def fold_targets(engine: Engine) -> dict[str, Target]:

@@ -13,34 +13,32 @@ from torch import Tensor, nn
 from fedex_scale import distributed
 from fedex_scale.algebra import Pair
 
-Source = Callable[[str, Pair | None], Pair]
-"""Gives a layer's factors; it may put them into the memory that it is shown, and answer that."""
+Source = Callable[[str], Pair]
+"""Gives a layer's factors."""
 
 
-def write_pair(layer: LoraLayer, adapter: str, give: Callable[[Pair | None], Pair]) -> None:
-    """Set one layer's factors: the copies that compute, and their float32 masters.
-
-    Args:
-        give: answers the factors; it is shown the parameters if it may write into them itself.
-    """
-    here = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    direct = all(_is_plain(parameter) for parameter in here)
-    into = Pair(*(parameter.data for parameter in here)) if direct else None
-    pair = give(into)
-    if into is None or pair is not into:
-        for parameter, value in zip(here, pair, strict=True):
-            _write(parameter, value)
+def write_pair(layer: LoraLayer, adapter: str, pair: Pair) -> None:
+    """Set one layer's factors: the copies that compute, and their float32 masters."""
+    _write(layer.lora_A[adapter].weight, pair.A_RI)
+    _write(layer.lora_B[adapter].weight, pair.B_OR)
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is all that there is of it, and in ordinary memory."""
+    """Return whether a parameter is all that there is of it, in ordinary memory of its own."""
     managed = hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")
-    return not managed and parameter.device.type == "cpu" and parameter.is_contiguous()
+    if managed or parameter.device.type != "cpu":
+        return False
+    return parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
-@torch.no_grad()
 def _write(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter here: the copy that computes, and the float32 master where there is one."""
+    """Set a parameter here: the copy that computes, and the float32 master where there is one.
+
+    A plain parameter gets new memory, so that who still reads the old finds what was there.
+    """
+    if _is_plain(parameter):
+        parameter.data = value.to(parameter.dtype, memory_format=torch.contiguous_format, copy=True)
+        return
     if hasattr(parameter, "ds_tensor"):
         shard = parameter.ds_tensor
         start = shard.ds_numel * distributed.rank()
@@ -61,15 +59,20 @@ def _write(parameter: nn.Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value.float())
 
 
-@torch.no_grad()
-def read_float32(parameter: nn.Parameter) -> Tensor:
-    """Return a copy of the whole parameter, from its float32 master where there is one."""
+def read_float32(parameter: nn.Parameter, *, copy: bool = True) -> Tensor:
+    """Return the whole parameter on the CPU, from its float32 master where there is one.
+
+    Args:
+        copy: if not, it may be the parameter's own memory, which `write_pair` leaves as it is.
+    """
     sharded = hasattr(parameter, "ds_tensor")
     if parameter.requires_grad and (sharded or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter).to("cpu", torch.float32, copy=True)
-    return read_whole(parameter).to(torch.float32, copy=True)
+        whole = safe_get_full_fp32_param(parameter)
+    else:
+        whole = read_whole(parameter) if sharded else parameter.data
+    return whole.detach().to("cpu", torch.float32, copy=copy or not _is_plain(parameter))
 
 
 def read_whole(parameter: nn.Parameter) -> Tensor:

@@ -10,7 +10,7 @@ import gzip
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ PHASES = (
     "checkpointing",
     "other",
 )
+_SIZES = (b"VmHWM:", b"VmRSS:")
 
 
 @contextmanager
@@ -142,13 +143,11 @@ def _memory() -> tuple[int, int]:
 
     Zeros where Linux does not tell.
     """
-    sizes = {"VmHWM": 0, "VmRSS": 0}
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in sizes:
-                sizes[name] = 1024 * int(value.split()[0])
-    return sizes["VmHWM"], sizes["VmRSS"]
+    try:
+        status = Path("/proc/self/status").read_bytes()
+        return tuple(1024 * int(status.split(name, 1)[1].split(None, 1)[0]) for name in _SIZES)
+    except (OSError, IndexError):
+        return 0, 0
 
 
 _CLOCK = _Clock()

@@ -150,7 +150,12 @@ def _weights(
     sharded = stage == 3
     # PEFT holds adapters in float32; DeepSpeed casts them to the base's dtype.
     size = dtype.itemsize if stage else 4
-    needs = [Need(name="adapters", gpu=size * adapters / (ranks if sharded else 1))]
+    # The server's on each rank, and on one the last client's until it is written.
+    between = (ranks + 1) * 4 * weights.client
+    needs = [
+        Need(name="adapters", gpu=size * adapters / (ranks if sharded else 1)),
+        Need(name="adapters between clients", host=between),
+    ]
     away = _device(zero, "offload_param")
     if not sharded:
         needs.insert(0, Need(name="base", gpu=base))

@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from fedex_scale import server
-from fedex_scale.adapters import Adapter
-from fedex_scale.client import ClientUpdate, read_update, train_client, write_client
+from fedex_scale.client import ClientUpdate, read_update, train_client
 from fedex_scale.config import Config, FederationSection
 from fedex_scale.data.batching import Examples
 from fedex_scale.engine import Engine, Source, fold_targets
@@ -62,10 +61,12 @@ def run_rounds(
     server.show(engine, run, state)
     evaluate(state.round)
     for round in range(state.round + 1, config.federation.rounds + 1):
+        start_of = server.starts(config, engine, run, round)
         for client in choose_clients(config.federation, len(clients), config.run.seed, round):
             if client not in saver.place.done + saver.place.skipped:
-                setting = (config, engine, clients[client], run, saver, pad_id, log)
+                setting = (config, engine, clients[client], start_of, saver, pad_id, log)
                 saver.attempt(client, partial(train, *setting), log)
+        saver.settle()
         done, skipped = saver.place.done, saver.place.skipped
         updates = [read_update(run.client(round, client)) for client in done]
         weights = client_weights(config.federation, updates)
@@ -83,22 +84,21 @@ def train(
     config: Config,
     engine: Engine,
     examples: Examples,
-    run: RunDir,
+    start_of: Callable[[int], Source],
     saver: Saver,
     pad_id: int,
     log: Callable[..., None],
     begin: ClientProgress,
 ) -> ClientUpdate:
-    """Train one client of the round from where it is, and write its adapter."""
+    """Train one client of the round from where it is; the engine then holds its adapter."""
     state, client = saver.place.state, begin.client
-    round = state.round + 1
-    update = train_client(
+    return train_client(
         engine,
         examples,
-        saver.adapter() if begin.step else start_of(config, engine, run, round, client),
+        saver.adapter() if begin.step else start_of(client),
         config.train,
         seed=config.run.seed,
-        round=round,
+        round=state.round + 1,
         client=client,
         side=state.has_side,
         pad_id=pad_id,
@@ -107,8 +107,6 @@ def train(
         on_step=lambda fields: log("step", **fields),
         save=saver.after_step,
     )
-    write_client(engine, update, run.client(round, client), config.lora, config.model.path)
-    return update
 
 
 def choose_clients(
@@ -131,16 +129,6 @@ def client_weights(section: FederationSection, updates: Sequence[ClientUpdate]) 
     uniform = section.weights == "uniform"
     shares = [1 if uniform else update.num_examples for update in updates]
     return [share / sum(shares) for share in shares]
-
-
-def start_of(config: Config, engine: Engine, run: RunDir, round: int, client: int) -> Source:
-    """Return what a client starts from, by layer: the server's adapter.
-
-    With init: per_client, in the first round, a draw of its own, as in the paper's public code.
-    """
-    if round == 1 and config.federation.init == "per_client":
-        return server.fresh_adapter(config, engine, client)
-    return Adapter(run.adapter(round - 1)).pair
 
 
 def round_half_up(x: float) -> int:

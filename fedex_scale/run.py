@@ -190,9 +190,11 @@ def _run(
         for round in range(1, rounds + 1)
         for client in choose_clients(config.federation, len(clients), seed, round)
     )
-    saver = Saver(config, engine, run, last)
     trackers = open_trackers(config.run.trackers, run.path, to_dict(config))
-    with Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor:
+    with (
+        Saver(config, engine, run, last) as saver,
+        Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor,
+    ):
         monitor.say(_intro(config, engine, clients))
 
         known = _facts(engine)

@@ -1,17 +1,25 @@
-"""When a run saves its place, and where one that was interrupted goes on."""
+"""When a run saves its place, and where one that was interrupted goes on.
+
+What a finished client sends is written, and the run's place after it saved, in a thread while the
+next client trains: from its first step on, so that the switch is left alone, to its second, so that
+a full disk is told soon; and before anything is done that needs the files.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from fedex_scale import checkpoint, distributed, faults
 from fedex_scale.adapters import Adapter
+from fedex_scale.algebra import Pair
 from fedex_scale.checkpoint import Checkpoint
-from fedex_scale.client import ClientUpdate, write_adapter
+from fedex_scale.client import ClientUpdate, take_factors, write_adapter, write_client
 from fedex_scale.config import Config, to_dict
 from fedex_scale.engine import Engine, Source
 from fedex_scale.errors import ClientFailure, UserError
@@ -87,15 +95,26 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> s
 
 
 class Saver:
-    """Writes the checkpoints of one run; every rank must take part in each.
+    """Writes clients and checkpoints of one run; every rank must take part in each call.
+
+    Leaving the `with` block waits for what is still being written.
 
     Attributes:
-        place: the last one that was saved; None at the beginning.
+        place: the last one that was saved, or is being saved; None at the beginning.
     """
 
     def __init__(self, config: Config, engine: Engine, run: RunDir, last: Checkpoint | None):
         self._config, self._engine, self._run, self._last = config, engine, run, last
         self.place = last.place if last else None
+        self._thread, self._may_begin = ThreadPoolExecutor(max_workers=1), Event()
+        self._behind: Callable[[], Checkpoint] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._may_begin.set()
+        self._thread.shutdown(wait=True)
 
     @phase("checkpointing")
     def save(self, place: Place) -> None:
@@ -104,8 +123,8 @@ class Saver:
         Raises:
             UserError: the disk is full, or cannot be written; the one before stays.
         """
-        number = self._last.number + 1 if self._last else 0
-        scratch = self._run.checkpoints / f".{number:06d}"
+        self.settle()
+        number, scratch = self._next()
         size = self._size() if place.running else 0
         distributed.on_main(lambda: self._begin(scratch, size))
         if place.running is not None:
@@ -115,8 +134,44 @@ class Saver:
                     self._engine, scratch / "adapter", config.lora, config.model.path, who="client"
                 )
             distributed.together(lambda: self._write_snapshot(scratch))
-        self._last = distributed.on_main(lambda: self._publish(scratch, number, place))
+        self._last = distributed.on_main(
+            lambda: self._publish(scratch, number, place, self._metrics_bytes())
+        )
         self.place = place
+
+    @phase("writing")
+    def settle(self) -> None:
+        """Wait until the last client is written and its place saved.
+
+        Raises:
+            UserError: the disk is full, or cannot be written; the checkpoint before stays.
+        """
+        self._may_begin.set()
+        if self._behind is not None:
+            behind, self._behind = self._behind, None
+            self._last = distributed.on_main(behind)
+
+    @phase("writing")
+    def _save_behind(self, place: Place, update: ClientUpdate, factors: Mapping[str, Pair]) -> None:
+        """Have a finished client written, and then a checkpoint of this place."""
+        self.settle()
+        self._may_begin.clear()
+        self.place = place
+        self._behind = lambda: self._last  # what the other ranks wait for
+        if not distributed.is_main():
+            return
+        (number, scratch), length = self._next(), self._metrics_bytes()
+        directory = self._run.client(update.round, update.client)
+        lora, base = self._config.lora, self._config.model.path
+
+        def write() -> Checkpoint:
+            self._may_begin.wait()
+            with faults.disk_errors(str(directory)):
+                write_client(self._engine, update, factors, directory, lora, base)
+            self._begin(scratch, 0)
+            return self._publish(scratch, number, place, length)
+
+        self._behind = self._thread.submit(write).result
 
     def attempt(
         self,
@@ -124,7 +179,9 @@ class Saver:
         train: Callable[[ClientProgress], ClientUpdate],
         log: Callable[..., None],
     ) -> None:
-        """Train a client from where it is, and save; if it fails, do as the config says.
+        """Train a client from where it is; if it fails, do as the config says.
+
+        It is written, and the place saved, while the next one begins.
 
         Raises:
             UserError: the disk has no room for its adapter.
@@ -137,7 +194,7 @@ class Saver:
         action = self._config.federation.on_client_failure
         failed = {"round": place.state.round + 1, "client": client, "action": action}
         try:
-            update = train(begin)
+            update, factors = self._trained(train, begin)
         except ClientFailure as failure:
             if action == "stop" or begin.attempt:
                 raise
@@ -145,9 +202,10 @@ class Saver:
             if action == "skip":
                 self.save(replace(place, skipped=(*place.skipped, client), running=None))
                 return
-            update = train(ClientProgress(client=client, attempt=1))
+            update, factors = self._trained(train, ClientProgress(client=client, attempt=1))
         log("client", **vars(update))
-        self.save(replace(place, done=(*place.done, client), running=None))
+        place = replace(place, done=(*place.done, client), running=None)
+        self._save_behind(place, update, factors)
 
     def after_step(self, progress: ClientProgress) -> None:
         """Write a checkpoint of the running client if one is due, or if the run is to stop.
@@ -155,6 +213,9 @@ class Saver:
         Raises:
             Stopped: a signal came.
         """
+        if self._may_begin.is_set():
+            self.settle()
+        self._may_begin.set()
         every = self._config.run.save_steps
         number = faults.asked_to_stop()
         if number or (every and progress.step % every == 0):
@@ -170,6 +231,22 @@ class Saver:
         """Set the running client's moments and random states on this rank."""
         folder = self._run.checkpoint(self._last.number)
         read_snapshot(self._engine, folder / _snapshot_name())
+
+    def _trained(
+        self, train: Callable[[ClientProgress], ClientUpdate], begin: ClientProgress
+    ) -> tuple[ClientUpdate, dict[str, Pair]]:
+        """Train a client, and return what it sends."""
+        update = train(begin)
+        with phase("writing"):
+            return update, take_factors(self._engine, update)
+
+    def _next(self) -> tuple[int, Path]:
+        """Return the next checkpoint's number, and where it is made ready."""
+        number = self._last.number + 1 if self._last else 0
+        return number, self._run.checkpoints / f".{number:06d}"
+
+    def _metrics_bytes(self) -> int:
+        return self._run.metrics.stat().st_size if self._run.metrics.exists() else 0
 
     def _size(self) -> int:
         """Return the bytes that a checkpoint of a running client takes."""
@@ -194,9 +271,8 @@ class Saver:
         with faults.disk_errors(str(scratch)):
             write_snapshot(self._engine, scratch / _snapshot_name())
 
-    def _publish(self, scratch: Path, number: int, place: Place) -> Checkpoint:
+    def _publish(self, scratch: Path, number: int, place: Place, length: int) -> Checkpoint:
         last, run = self._last, self._run
-        length = run.metrics.stat().st_size if run.metrics.exists() else 0
         if run.metrics.exists():
             checkpoint.sync(run.metrics)
         begun = place.running is not None and last is not None

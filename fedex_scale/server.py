@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
     """
     shapes = engine.shapes()
 
-    def draw(layer: str, into: Pair | None = None) -> Pair:
+    def draw(layer: str) -> Pair:
         seed = derive_seed(config.run.seed, "init", *owner, layer)
         generator = torch.Generator().manual_seed(seed)
         num_out, num_in = shapes[layer]
@@ -54,6 +55,17 @@ def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
         return fresh_pair(like, generator)
 
     return draw
+
+
+def starts(config: Config, engine: Engine, run: RunDir, round: int) -> Callable[[int], Source]:
+    """Return a function from a client to what it starts from: the server's adapter, read once.
+
+    With init: per_client, in the first round, a draw of its own, as in the paper's public code.
+    """
+    if round == 1 and config.federation.init == "per_client":
+        return partial(fresh_adapter, config, engine)
+    pair = cache(Adapter(run.adapter(round - 1)).pair)
+    return lambda client: pair
 
 
 @phase("writing")

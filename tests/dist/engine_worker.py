@@ -83,7 +83,7 @@ def random_pairs(engine: Engine, rank: int, *, seed: int) -> dict[str, Pair]:
 
 
 def given(pairs: dict[str, Pair]) -> Source:
-    return lambda layer, into: pairs[layer]
+    return lambda layer: pairs[layer]
 
 
 def train(engine: Engine, start: dict[str, Pair], client: int) -> dict:

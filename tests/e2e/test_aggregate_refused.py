@@ -214,11 +214,11 @@ def test_no_room_is_known_beforehand(tiny_llama, tmp_path, capsys, monkeypatch) 
 def test_a_disk_that_fills_up_leaves_nothing(tiny_llama, tmp_path, capsys, monkeypatch) -> None:
     clients, calls = make_clients(tmp_path), []
 
-    def write_all(file, data: memoryview) -> None:
-        calls.append(len(data))
+    def write_all(file, *data: memoryview) -> None:
+        calls.append(file)
         if len(calls) > 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        file.write(data)
+        file.write(b"".join(data))
 
     monkeypatch.setattr(tensorfile, "_write_all", write_all)
     parts = ["No space left on device"]

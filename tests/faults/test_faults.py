@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,8 +113,8 @@ def nan_client(
         loss = real(engine, batches, **options)
         return math.nan if fails() else loss
 
-    def read_pairs(engine):
-        for layer, pair in real(engine):
+    def read_pairs(engine, **options):
+        for layer, pair in real(engine, **options):
             if fails():
                 pair.B_OR[0, 0] = math.inf
             yield layer, pair
@@ -171,23 +172,66 @@ def test_one_client_left_keeps_the_side_adapter(
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("count", [3, 60, 200, 400, 700, 1000])
+def test_the_next_client_does_not_wait_for_a_slow_disk(
+    config: Path, whole: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, write_client, train_step = [], saves.write_client, client.train_step
+
+    def write_slowly(engine, update, *rest) -> None:
+        seen.append(f"{update.round}.{update.client} begun")
+        time.sleep(0.5)
+        write_client(engine, update, *rest)
+        seen.append(f"{update.round}.{update.client} written")
+
+    def step(*args, **options) -> float:
+        seen.append("step")
+        return train_step(*args, **options)
+
+    monkeypatch.setattr(saves, "write_client", write_slowly)
+    monkeypatch.setattr(client, "train_step", step)
+    run = start(config, "slow-disk")
+    assert run.code == 0
+    last = " ".join(seen)
+    assert "1.0 begun step 1.0 written step step" in last  # while the second client trains
+    assert "1.2 begun 1.2 written step" in last  # the round is over: it is waited for
+    assert_same_result(whole.path, run.path)
+
+
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        ("server/round-0000/adapter", 3),
+        ("round-0001/client-0000", 1),
+        ("round-0001/client-0002", 2),
+        ("checkpoints", 20),
+        ("round-0001/residual", 9),
+        ("round-0002/client-0001", 2),
+        ("final/base", 5),
+    ],
+)
 def test_a_full_disk_in_the_middle_of_a_write(
+    file: str,
     count: int,
     config: Path,
     whole: RunDir,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+    real, calls = tensorfile._write_all, [0]
 
+    def write_all(opened, *data: memoryview) -> None:
+        calls[0] += file in str(opened.name)
+        if calls[0] == count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+        real(opened, *data)
+
+    name = f"full-{file.replace('/', '-')}"
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "_write_all", at_call(tensorfile, "_write_all", count, full))
-        run = start(config, f"full{count}")
+        patch.setattr(tensorfile, "_write_all", write_all)
+        run = start(config, name)
     assert run.code in (1, 2)
     assert "the disk is full; free some space, and the same command" in error_of(capsys)
-    assert start(config, f"full{count}", "--resume").code == 0
+    assert start(config, name, "--resume").code == 0
     assert_same_result(whole.path, run.path)
 
 
