@@ -41,17 +41,7 @@ def read_ds_config(
         UserError: unreadable, or it sets what the run sets (optimizer, scheduler), or asks for a
             ZeRO feature under which a direct write to a shard would go stale.
     """
-    try:
-        config = json.loads(Path(section.deepspeed).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"engine.deepspeed: cannot read {section.deepspeed} ({error.strerror}); "
-            "choose a file of ds_configs/"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"engine.deepspeed: {section.deepspeed} is not valid JSON ({error})"
-        ) from None
+    config = _read(section)
     zero = config.get("zero_optimization", {})
     refused = {
         "optimizer": "optimizer" in config,
@@ -92,6 +82,27 @@ def read_ds_config(
         "buffer_size": -(-largest_weight // distributed.world_size()),
     }
     return _fill_auto(config, values)
+
+
+def zero_stage(section: EngineSection) -> int:
+    """Return the ZeRO stage that is asked for, 0 without DeepSpeed."""
+    if section.deepspeed is None:
+        return 0
+    return _read(section).get("zero_optimization", {}).get("stage", 0)
+
+
+def _read(section: EngineSection) -> dict[str, Any]:
+    try:
+        return json.loads(Path(section.deepspeed).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"engine.deepspeed: cannot read {section.deepspeed} ({error.strerror}); "
+            "choose a file of ds_configs/"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"engine.deepspeed: {section.deepspeed} is not valid JSON ({error})"
+        ) from None
 
 
 def _fill_auto(node: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

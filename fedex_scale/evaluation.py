@@ -94,6 +94,16 @@ def check_tasks(section: EvaluationSection) -> None:
             raise UserError(f"evaluation.data: {task} is not among evaluation.tasks")
 
 
+def check_batch_size(section: EvaluationSection, *, partitioned: bool) -> None:
+    """Raise a UserError for a batch size that ranks which hold the model together cannot find."""
+    several = partitioned and distributed.world_size() > 1
+    if section.tasks and section.batch_size == "auto" and several:
+        raise UserError(
+            "evaluation.batch_size: auto cannot be tried out under ZeRO-3 on several ranks, "
+            "which would wait for each other; give a number"
+        )
+
+
 def evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, section: EvaluationSection
 ) -> dict[str, Any]:
@@ -107,11 +117,7 @@ def evaluate(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    if section.batch_size == "auto" and distributed.world_size() > 1 and is_partitioned(model):
-        raise UserError(
-            "evaluation.batch_size: auto cannot be tried out under ZeRO-3 on several ranks, "
-            "which would wait for each other; give a number"
-        )
+    check_batch_size(section, partitioned=is_partitioned(model))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _as_it_was(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=_wants_bos(model))

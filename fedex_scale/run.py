@@ -24,6 +24,7 @@ from fedex_scale.data.batching import Examples
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import encode
 from fedex_scale.data.sources import load_rows, schema_of
+from fedex_scale.ds_config import zero_stage
 from fedex_scale.engine import Engine, build_engine
 from fedex_scale.errors import UserError
 from fedex_scale.export import write_final
@@ -61,7 +62,7 @@ def _run_or_resume(config: Config) -> None:
         _tell(f"{run.path}: this run is finished; nothing to do")
         return
     with phase("load"):
-        distributed.together(lambda: evaluation.check_tasks(config.evaluation))
+        distributed.together(lambda: check_evaluation(config))
         tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
         clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
         warning = distributed.on_main(lambda: planning.warning(config))
@@ -72,6 +73,13 @@ def _run_or_resume(config: Config) -> None:
     for note in found.notes:
         _tell(note)
     _run(config, engine, tokenizer, clients, run, found.checkpoint)
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise a UserError where the model could be trained but not scored."""
+    partitioned = zero_stage(config.engine) == 3
+    evaluation.check_batch_size(config.evaluation, partitioned=partitioned)
+    evaluation.check_tasks(config.evaluation)
 
 
 def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:

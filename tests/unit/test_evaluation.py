@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,17 @@ import torch
 from rows import write_data
 from transformers import AutoTokenizer
 
-from fedex_scale import evaluation
+from fedex_scale import distributed, evaluation
 from fedex_scale.adapters import LoraSection
+from fedex_scale.config import Config
+from fedex_scale.data.sources import DataConfig
+from fedex_scale.ds_config import EngineSection
 from fedex_scale.errors import UserError
 from fedex_scale.evaluation import EvaluationSection, check_tasks, evaluate
 from fedex_scale.models import ModelSection, add_adapters, load_model
+from fedex_scale.run import check_evaluation
 
+ROOT = Path(__file__).parents[2]
 TASKS = ("fedex_word_problems", "fedex_boolq")
 
 
@@ -66,6 +72,21 @@ def test_bad_input_is_told_in_one_line(section: dict, message: str, data_dir: st
         check_tasks(EvaluationSection(**section))
     assert message in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_auto_under_zero3_on_several_ranks_is_refused_before_the_model_loads(
+    monkeypatch: pytest.MonkeyPatch, data_dir: str
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    config = Config(
+        data=DataConfig(path="none"),
+        model=ModelSection(path="none"),
+        evaluation=EvaluationSection(tasks=TASKS, data_dir=data_dir, batch_size="auto"),
+    )
+    check_evaluation(config)
+    file = str(ROOT / "ds_configs" / "zero3_offload.json")
+    with pytest.raises(UserError, match="auto cannot be tried out under ZeRO-3"):
+        check_evaluation(replace(config, engine=EngineSection(deepspeed=file)))
 
 
 def test_state_is_left_as_it_was(model: torch.nn.Module, tiny_llama: Path, data_dir: str) -> None:
