@@ -1,8 +1,8 @@
-"""How fast a client trains, against transformers' Trainer and against padding to the maximum.
+"""How fast a client trains, against transformers' Trainer, padding to the maximum, and packing.
 
     .venv/bin/python benchmarks/throughput.py [--model models/SmolLM2-135M-Instruct] [--quick]
 
-Non-pad tokens a second, from the end of the first optimizer step to the end of the last. All three
+Non-pad tokens a second, from the end of the first optimizer step to the end of the last. All four
 train the same adapter from the same start on the same micro-batches in the same order, in float32;
 so their losses are compared as well, step by step. The examples are as long as MetaMathQA's in the
 project's prompt, scaled to --max-length, which is half the paper's 512 unless told otherwise.
@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from unittest.mock import patch
 
@@ -67,11 +67,13 @@ def benchmark(args: argparse.Namespace) -> None:
     engine, peft_model = plain_engine(args.model), new_peft_model(args.model, LORA)
     begin = pairs_of(peft_model)
     examples = random_examples(NUM_STEPS * TRAIN.batch_size, longest)
-    padded = f"ours, padded to {longest}"
+    padded, packed = f"ours, padded to {longest}", "ours, packed"
+    packing = replace(TRAIN, packing=True)
     runs = {
         "ours": lambda: train_ours(engine, examples, begin, collate),
         "Trainer + PEFT": lambda: train_trainer(peft_model, examples, begin),
         padded: lambda: train_ours(engine, examples, begin, partial(collate_to, longest)),
+        packed: lambda: train_ours(engine, examples, begin, collate, packing),
     }
     losses: dict[str, list[float]] = {}
 
@@ -89,17 +91,22 @@ def benchmark(args: argparse.Namespace) -> None:
         [
             Ratio(name=f"ours / {name}", values=quotients(speeds["ours"], speeds[name]), at_least=x)
             for name, x in (("Trainer + PEFT", 0.98), (padded, 1.5))
-        ],
+        ]
+        + [Ratio(name=f"{packed} / ours", values=quotients(speeds[packed], speeds["ours"]))],
         losses=losses["ours"],
         largest_loss_difference={
             name: max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
-            for name in ("Trainer + PEFT", padded)
+            for name in ("Trainer + PEFT", padded, packed)
         },
     )
 
 
 def train_ours(
-    engine: Engine, examples: Examples, begin: dict[str, Pair], collate: Callable
+    engine: Engine,
+    examples: Examples,
+    begin: dict[str, Pair],
+    collate: Callable,
+    section: TrainSection = TRAIN,
 ) -> tuple[list[float], float]:
     """Train one client; return each step's loss, and tokens a second."""
     losses, clock = [], Clock()
@@ -113,7 +120,7 @@ def train_ours(
             engine,
             examples,
             lambda layer: begin[layer],
-            TRAIN,
+            section,
             seed=SEED,
             round=1,
             client=0,

@@ -16,7 +16,7 @@ import transformers
 from fedex_scale import distributed, faults, phases
 from fedex_scale.adapters import AdapterWriter, LoraSection
 from fedex_scale.algebra import Pair
-from fedex_scale.data.batching import Examples, collate, plan_steps, shard
+from fedex_scale.data.batching import Examples, collate, pack, plan_steps, shard
 from fedex_scale.engine import (
     OPTIMIZERS,
     Engine,
@@ -58,6 +58,9 @@ class TrainSection:
     """adamw, or bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory."""
     group_by_length: bool = False
     """Batch examples of like length together: less padding, a less random order."""
+    packing: bool = False
+    """Lay a micro-batch's examples end to end in one row, blind to each other: no padding, and the
+    same loss. Pays where lengths differ much; needs a model that `models.PACKABLE` names."""
 
     def __post_init__(self) -> None:
         for name in ("local_epochs", "batch_size", "micro_batch_size"):
@@ -278,4 +281,7 @@ def _micro_batches(
         micro_batch_size=section.micro_batch_size,
     )
     for part in parts:
-        yield collate(examples, part, fallback=indices[0], pad_id=pad_id)
+        if section.packing:
+            yield pack(examples, part, fallback=indices[0])
+        else:
+            yield collate(examples, part, fallback=indices[0], pad_id=pad_id)

@@ -31,6 +31,8 @@ from fedex_scale.errors import UserError
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "model_configs"
+# Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
+PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
 
 
@@ -94,6 +96,16 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_packing(section: ModelSection) -> None:
+    """Raise a UserError where examples in one row might see each other."""
+    kind = base_config(section).model_type
+    if kind not in PACKABLE:
+        raise UserError(
+            f"train.packing: expected a model of type {', '.join(PACKABLE)}, got {kind}, whose "
+            "attention may not keep examples apart; use train.group_by_length instead"
+        )
 
 
 def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -63,6 +63,8 @@ def _run_or_resume(config: Config) -> None:
         return
     with phase("load"):
         distributed.together(lambda: check_evaluation(config))
+        if config.train.packing:
+            distributed.together(lambda: models.check_packing(config.model))
         tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
         clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
         warning = distributed.on_main(lambda: planning.warning(config))

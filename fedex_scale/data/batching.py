@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def collate(
     Returns:
         input_ids, attention_mask and labels.
     """
-    chosen = [examples[i] for i in indices] or [examples[fallback]]
+    chosen = _chosen(examples, indices, fallback)
     shape = len(chosen), max(len(example["input_ids"]) for example in chosen)
     input_ids = torch.full(shape, pad_id)
     labels = torch.full(shape, MASKED)
@@ -123,9 +124,38 @@ def collate(
         length = len(example["input_ids"])
         input_ids[row, :length] = torch.tensor(example["input_ids"])
         attention_mask[row, :length] = 1
-        if indices:
-            labels[row, :length] = torch.tensor(example["labels"])
+        labels[row, :length] = torch.tensor(example["labels"])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pack(examples: Examples, indices: Sequence[int], *, fallback: int) -> dict[str, Tensor]:
+    """Return one micro-batch as int64 tensors (1, tokens): its examples end to end, no padding.
+
+    Each has positions of its own, from 0. Where there is no attention mask, transformers takes a
+    position that does not follow the last one for the begin of another sequence, and lets neither
+    see the other.
+
+    Args:
+        fallback: as in `collate`.
+
+    Returns:
+        input_ids, position_ids and labels.
+    """
+    chosen = _chosen(examples, indices, fallback)
+    columns = {
+        "input_ids": [example["input_ids"] for example in chosen],
+        "position_ids": [range(len(example["input_ids"])) for example in chosen],
+        # The end of one example must not be trained to tell the begin of the next.
+        "labels": [[MASKED, *example["labels"][1:]] for example in chosen],
+    }
+    return {name: torch.tensor([list(chain(*parts))]) for name, parts in columns.items()}
+
+
+def _chosen(examples: Examples, indices: Sequence[int], fallback: int) -> list[dict]:
+    if len(indices):
+        return [examples[i] for i in indices]
+    example = examples[fallback]
+    return [{**example, "labels": [MASKED] * len(example["labels"])}]
 
 
 def _sort_in_chunks(order: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
