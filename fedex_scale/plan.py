@@ -103,7 +103,7 @@ def estimate(
     elif stage == 3 and config.model.quantization != "none":
         refused = "quantized weights cannot be sharded"
     needs = [
-        *_weights(config, zero, machine, weights, dtype),
+        *_weights(config, zero, machine, weights, work, dtype),
         *_training(config, settings, zero, machine, weights, dtype),
         *_activations(work),
         *_files(config, weights, dtype, clients),
@@ -141,6 +141,7 @@ def _weights(
     zero: Mapping[str, Any],
     machine: Machine,
     weights: Weights,
+    work: Work | None,
     dtype: torch.dtype,
 ) -> list[Need]:
     """Return where the base and its adapters lie, and what they need around them."""
@@ -164,7 +165,7 @@ def _weights(
     else:
         place = {"cpu": "host", "nvme": "nvme"}.get(away, "gpu")
         needs.insert(0, Need(name="base shard", **{place: base / (ranks if place == "gpu" else 1)}))
-        needs += _gathered(zero, machine, weights, dtype)
+        needs += _gathered(zero, machine, weights, work, dtype)
         if away == "nvme":
             count = zero["offload_param"].get("buffer_count", 5)
             buffers = count * weights.largest * dtype.itemsize
@@ -177,7 +178,11 @@ def _weights(
 
 
 def _gathered(
-    zero: Mapping[str, Any], machine: Machine, weights: Weights, dtype: torch.dtype
+    zero: Mapping[str, Any],
+    machine: Machine,
+    weights: Weights,
+    work: Work | None,
+    dtype: torch.dtype,
 ) -> list[Need]:
     """Return the room for weights that are whole for a while under ZeRO-3."""
     ranks, numbers = machine.gpus, weights.base + weights.client + weights.side
@@ -189,7 +194,13 @@ def _gathered(
     needs = [Need(name="gathered layers", gpu=dtype.itemsize * min(numbers, most))]
     if machine.is_cpu:  # gloo copies what it sends, and what it receives
         message = min(numbers, max(ahead, weights.largest))
-        needs.append(Need(name="gathers' copies", gpu=dtype.itemsize * message * (1 + 1 / ranks)))
+        copies = dtype.itemsize * message * (1 + 1 / ranks)
+        if work is not None and numbers <= most:
+            # Nothing is gathered twice. The last copies are gone while the forward pass has as many
+            # weights before it as are gathered ahead, and some of what it keeps is not there yet.
+            later = work.kept_bytes * message / numbers
+            copies = max(0, copies - later - work.logits_bytes - _backward_bytes(work))
+        needs.append(Need(name="gathers' copies", gpu=copies))
     return needs
 
 
@@ -233,12 +244,15 @@ def _training(
 def _activations(work: Work | None) -> list[Need]:
     if work is None:
         return []
-    rest = max(0, work.peak_bytes - work.kept_bytes - work.logits_bytes)
     return [
         Need(name="activations", gpu=work.kept_bytes),
         Need(name="logits", gpu=work.logits_bytes),
-        Need(name="work of the backward pass", gpu=rest),
+        Need(name="work of the backward pass", gpu=_backward_bytes(work)),
     ]
+
+
+def _backward_bytes(work: Work) -> float:
+    return max(0, work.peak_bytes - work.kept_bytes - work.logits_bytes)
 
 
 def _files(config: Config, weights: Weights, dtype: torch.dtype, clients: int) -> list[Need]:
