@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from resuming import write_config
+from tiny import make_llama
 
 KILLS = Path(__file__).with_name("kills.py")
 ROOT = Path(__file__).parents[2]
@@ -30,20 +31,36 @@ def kill(config: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.fixture
-def config(tiny_llama: Path, tmp_path: Path) -> Path:
-    return write_config(tiny_llama, tmp_path, aggregate={"fold": "carry"})
+def configure(model: Path, folder: Path) -> Path:
+    data = {"fedex_word_problems": str(folder / "heldout.jsonl")}
+    evaluation = {"tasks": list(data), "data": data, "limit": 2, "batch_size": 2}
+    return write_config(model, folder, aggregate={"fold": "carry"}, evaluation=evaluation)
 
 
-def test_plain(config: Path) -> None:
-    kills = kill(config, "3", "0", "0", "model.dtype=bfloat16")
+def test_plain(tiny_llama: Path, tmp_path: Path) -> None:
+    kills = kill(configure(tiny_llama, tmp_path), "3", "0", "0", "model.dtype=bfloat16")
     assert len({one["kind"] for one in kills}) == 3
     assert all(one["killed"] and one["same"] for one in kills), kills
 
 
-def test_one_of_two_ranks_under_zero3(config: Path) -> None:
-    zero3 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
-    (one,) = kill(config, "1", "1", "2", zero3)
+def test_one_of_two_ranks_under_zero3_with_offload(tiny_llama: Path, tmp_path: Path) -> None:
+    kill_one_of_two("zero3_offload", tiny_llama, tmp_path)
+
+
+@pytest.mark.slow  # DeepSpeed compiles its AIO op first
+def test_one_of_two_ranks_under_zero3_with_nvme(tmp_path: Path) -> None:
+    nvme = tmp_path / "nvme"
+    nvme.mkdir()
+    # Shards below 1 MiB stay in memory.
+    wide = make_llama(tmp_path / "llama", width=768, inner=1536)
+    kill_one_of_two("zero3_nvme", wide, tmp_path, f"engine.nvme_path={nvme}")
+    assert any(file.stat().st_size > 2**20 for file in nvme.rglob("*.swp"))
+
+
+def kill_one_of_two(settings: str, model: Path, folder: Path, *overrides: str) -> None:
+    """Train, fold, score, checkpoint and resume with weights that are offloaded."""
+    file = f"engine.deepspeed={ROOT / 'ds_configs' / settings}.json"
+    (one,) = kill(configure(model, folder), "1", "1", "2", file, *overrides)
     assert one["killed"], one
     assert one["same"], one
     assert one["orphans"] == 0
