@@ -35,7 +35,8 @@ FREE = frozenset(
 )
 # ... or rounding alone does; a running client then starts over.
 ROUNDING = frozenset(
-    "train.micro_batch_size model.gradient_checkpointing engine.deepspeed engine.nvme_path".split()
+    "train.micro_batch_size train.packing model.gradient_checkpointing "
+    "engine.deepspeed engine.nvme_path".split()
 )
 
 
