@@ -35,3 +35,10 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import make_gpt2
 
     return make_gpt2(tmp_path_factory.mktemp("tiny") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from launching import write_tiny_config
+
+    return write_tiny_config(tiny_llama, tmp_path_factory.mktemp("e2e"))

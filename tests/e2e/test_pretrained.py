@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, start
+from launching import ROOT, start
 from peft import PeftModel
 from test_report import BROWSER, make_report, visit
 from transformers import AutoModelForCausalLM

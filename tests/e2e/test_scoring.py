@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, start
+from launching import ROOT, start
 from rows import write_data
 from safetensors.torch import load_file
 

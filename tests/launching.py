@@ -1,4 +1,4 @@
-"""A small run of the real program, shared by the end-to-end tests."""
+"""A small run of the real program, and its start under a launcher."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from fedex_scale.data.word_problems import generate, write_jsonl
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def tiny_config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config of two rounds on the tiny Llama and real word problems, scored before and after."""
-    folder = tmp_path_factory.mktemp("e2e")
+def write_tiny_config(model: Path, folder: Path) -> Path:
+    """Write a config of two rounds on real word problems, scored before and after, and its data."""
     train, heldout = generate(0, train=30, heldout=4)
     write_jsonl(train, folder / "train.jsonl")
     write_jsonl(heldout, folder / "heldout.jsonl")
     config = {
         "run": {"name": "tiny", "dir": str(folder / "runs"), "overwrite": True},
-        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "model": {"path": str(model), "dtype": "float32"},
         "lora": {"rank": 4, "alpha": 8},
         "data": {"path": str(folder / "train.jsonl"), "max_length": 512},
         "federation": {"rounds": 2},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import start
+from launching import start
 from safetensors.torch import load_file
 
 from fedex_scale.distributed import free_port
