@@ -225,9 +225,12 @@ class AdapterWriter:
 
     def write_all(self, pairs: Mapping[str, Pair]) -> None:
         """Write every layer, where they are in memory."""
-        factors = {"A": 0, "B": 1}
         self._writer.write_whole(
-            {_key(layer, x): pair[i] for layer, pair in pairs.items() for x, i in factors.items()}
+            {
+                _key(layer, name): factor
+                for layer, pair in pairs.items()
+                for name, factor in zip("AB", pair, strict=True)
+            }
         )
 
     def write_full(self, name: str, blocks: Iterator[Tensor]) -> None:

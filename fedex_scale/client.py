@@ -196,15 +196,18 @@ def train_client(
     )
 
 
-def take_factors(engine: Engine, update: ClientUpdate) -> dict[str, Pair]:
+def take_factors(engine: Engine, *, who: str) -> dict[str, Pair]:
     """Return the adapter that the engine holds, on rank 0; every rank must take part.
 
     It stays as it is when the engine goes on to another client.
 
+    Args:
+        who: whose it is, for an error.
+
     Raises:
         ClientFailure: it is not finite.
     """
-    pairs = _finite_pairs(engine, who=f"round {update.round}, client {update.client}")
+    pairs = _finite_pairs(engine, who=who)
     return {layer: pair for layer, pair in pairs if distributed.is_main()}
 
 

@@ -140,7 +140,7 @@ def _hub() -> Iterator[Finding]:
 def _config(config: Config) -> Iterator[Finding]:
     """Try what a run checks before it trains."""
     checks = {
-        "model": lambda: models.load_tokenizer(config.model),
+        "model": lambda: _check_model(config),
         "evaluation": lambda: evaluation.check_tasks(config.evaluation),
         "engine": lambda: _check_engine(config),
     }
@@ -150,6 +150,12 @@ def _config(config: Config) -> Iterator[Finding]:
             yield Finding(name, "can be used")
         except UserError as error:
             yield Finding(name, str(error), "as it says", fatal=True)
+
+
+def _check_model(config: Config) -> None:
+    models.load_tokenizer(config.model)
+    if config.train.packing:
+        models.check_packing(config.model)
 
 
 def _check_engine(config: Config) -> None:

@@ -239,7 +239,8 @@ class Saver:
         """Train a client, and return what it sends."""
         update = train(begin)
         with phase("writing"):
-            return update, take_factors(self._engine, update)
+            who = f"round {update.round}, client {update.client}"
+            return update, take_factors(self._engine, who=who)
 
     def _next(self) -> tuple[int, Path]:
         """Return the next checkpoint's number, and where it is made ready."""
