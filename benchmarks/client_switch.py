@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/client_switch.py [--model models/SmolLM2-135M-Instruct] [--quick]
 
 Watched in the round loop itself, with clients of three short steps. A switch lasts from the end of
-a client's last step to the start of the next one's first: copy the finished client's adapter, which
+a client's last step to the start of the next one's first: take the finished client's adapter, which
 is written and saved while the next one trains, give the engine the server's, forget the optimizer's
 state, plan the data, seed, and collate the first batch. Building anew is `from_pretrained`,
 `get_peft_model` and a new optimizer. The authors' code then loads the server's whole state dict,
@@ -115,7 +115,7 @@ def measure_switches(config: Config, engine: Engine, clients: list[Examples]) ->
 
     return {
         "switch": typical(first - last for first, last in zip(firsts, lasts, strict=True)),
-        "  copy the client's adapter": typical(end - begin for begin, end in taken),
+        "  take the client's adapter": typical(end - begin for begin, end in taken),
         "  give the engine the server's": typical(end - begin for begin, end in resets[1:]),
         "  plan, seed, collate": typical(
             first - end for first, (_, end) in zip(firsts, resets[1:], strict=True)

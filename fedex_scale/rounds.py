@@ -66,7 +66,7 @@ def run_rounds(
             if client not in saver.place.done + saver.place.skipped:
                 setting = (config, engine, clients[client], start_of, saver, pad_id, log)
                 saver.attempt(client, partial(train, *setting), log)
-        saver.settle()
+        saver.settle()  # the last client is written by now
         done, skipped = saver.place.done, saver.place.skipped
         updates = [read_update(run.client(round, client)) for client in done]
         weights = client_weights(config.federation, updates)
