@@ -32,7 +32,8 @@ from fedex_scale.algebra import Pair
 from fedex_scale.client import TrainSection, train_client
 from fedex_scale.data.batching import MASKED, Examples, collate, plan_steps
 from fedex_scale.engine import Engine, EngineSection, build_engine
-from fedex_scale.models import CLIENT, ModelSection, lora_layers
+from fedex_scale.lora_model import CLIENT, lora_layers
+from fedex_scale.models import ModelSection
 from fedex_scale.state import derive_seed
 
 LORA = LoraSection(rank=32, alpha=16)

@@ -14,12 +14,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedex_scale import distributed, models
+from fedex_scale import distributed, lora_model, models
 from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Pair
 from fedex_scale.ds_config import EngineSection, read_ds_config
 from fedex_scale.loading import load_base
-from fedex_scale.models import CLIENT, SIDE, ModelSection
+from fedex_scale.lora_model import CLIENT, SIDE
+from fedex_scale.models import ModelSection
 from fedex_scale.parameters import Source, read_float32, read_whole, resident, write_pair
 from fedex_scale.weights import Target
 
@@ -39,12 +40,6 @@ class Engine:
     device: torch.device
     dtype: torch.dtype
     deepspeed: Any | None = None
-
-    @property
-    def side_dtype(self) -> torch.dtype:
-        """The dtype that the forward pass holds the side adapter in."""
-        weights = next(iter(self.layers.values())).lora_A
-        return weights[SIDE if SIDE in weights else CLIENT].weight.dtype
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (O, I) of every adapted layer."""
@@ -89,7 +84,7 @@ def build_engine(
     base = load_base(model, dtype, device, ds_config)
     if ds_config is None and model.quantization == "none":
         base.to(device)
-    peft_model = models.add_adapters(base, lora, trains=trains, side_rank=side_rank)
+    peft_model = lora_model.add_adapters(base, lora, trains=trains, side_rank=side_rank)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -105,7 +100,7 @@ def build_engine(
         inner = ds_engine.basic_optimizer
     return Engine(
         model=peft_model,
-        layers=models.lora_layers(peft_model),
+        layers=lora_model.lora_layers(peft_model),
         optimizer=inner,
         trains=trains,
         max_grad_norm=max_grad_norm,
@@ -125,7 +120,7 @@ def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
     """
     _release(engine)
     if side != (SIDE in engine.model.active_adapters):  # a walk over all modules costs as a read
-        models.activate(engine.model, trains=engine.trains, side=side)
+        lora_model.activate(engine.model, trains=engine.trains, side=side)
     for name, layer in engine.layers.items():
         write_pair(layer, CLIENT, source(name))
 

@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
-from fedex_scale import models
+from fedex_scale import lora_model, models
 from fedex_scale.adapters import LoraSection
 from fedex_scale.errors import UserError
-from fedex_scale.models import CLIENT, SIDE, ModelSection
+from fedex_scale.head import PIECE
+from fedex_scale.lora_model import CLIENT, SIDE
+from fedex_scale.models import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Work:
 
     Fields:
         kept_bytes: what the forward pass leaves for the backward pass, without the logits.
-        logits_bytes: what the loss keeps of the logits.
+        logits_bytes: what the loss holds of the logits at once, in float32.
         peak_bytes: the most at any moment; weights and gradients do not count.
         flops: multiplications and additions, what is recomputed included.
     """
@@ -94,7 +96,7 @@ def shape_model(
             f"model: no model can be made of {section.path}'s config: {reason}"
         ) from None
     base.requires_grad_(False)
-    return models.add_adapters(base, lora, trains=trains, side_rank=side_rank)
+    return lora_model.add_adapters(base, lora, trains=trains, side_rank=side_rank)
 
 
 def count_weights(model: PeftModel) -> Weights:
@@ -109,7 +111,7 @@ def count_weights(model: PeftModel) -> Weights:
         parts[part] += parameter.numel()
         if part == "base":
             largest = max(largest, parameter.numel())
-    layers = models.lora_layers(model)
+    layers = lora_model.lora_layers(model)
     head = model.get_base_model().get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     packed = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
@@ -139,7 +141,8 @@ def run_shapes(model: PeftModel, *, examples: int, length: int, checkpointing: b
         base.gradient_checkpointing_disable()
         base.disable_input_require_grads()
     model.train()
-    tokens = torch.zeros(examples, length, dtype=torch.int64, device="meta")
+    labels = torch.zeros(examples, length, dtype=torch.int64)
+    tokens = labels.to("meta")
     mode = _Counter(model)
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: mode.leave_out(p.grad))
@@ -150,21 +153,23 @@ def run_shapes(model: PeftModel, *, examples: int, length: int, checkpointing: b
         output = model(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
-            labels=tokens,
+            labels=labels,
             use_cache=False,
             num_items_in_batch=examples * length,
         )
-        loss, numbers = output.loss, output.logits.numel()
+        loss, in_pieces = output.loss, output.logits is None
+        numbers = labels.numel() * base.config.get_text_config().vocab_size
         del output  # the engine lets go of the logits, too
         kept = mode.live_bytes
         loss.backward()
     for hook in hooks:
         hook.remove()
     model.zero_grad(set_to_none=True)
-    logits = 4 * numbers  # the loss keeps their softmax, in float32
+    # In float32. Of all at once the loss keeps the softmax, of pieces nothing.
+    logits = 4 * (min(numbers, PIECE) if in_pieces else numbers)
     return Work(
-        kept_bytes=max(0, kept - logits),
-        logits_bytes=min(kept, logits),
+        kept_bytes=kept if in_pieces else max(0, kept - logits),
+        logits_bytes=logits if in_pieces else min(kept, logits),
         peak_bytes=mode.peak_bytes,
         flops=mode.flops,
     )

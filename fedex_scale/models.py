@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedex_scale.adapters import LoraSection
 from fedex_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,7 +29,6 @@ log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "model_configs"
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
-CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,84 +165,6 @@ def largest_weight(section: ModelSection) -> int:
     return max(parameter.numel() for parameter in model.parameters())
 
 
-def add_adapters(
-    model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int
-) -> PeftModel:
-    """Wrap the model with the client adapter and, if `side_rank`, the frozen side adapter.
-
-    Args:
-        trains: which factors train, a subset of {"A", "B"}.
-        side_rank: columns of the side adapter, which holds folded residuals; 0 for none.
-
-    Raises:
-        UserError: the target modules match nothing.
-    """
-    targets = lora.target_modules
-    targets = targets if isinstance(targets, str) else list(targets)
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = [targets]
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        peft_model = get_peft_model(model, config, adapter_name=CLIENT)
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        raise _no_match(targets, model) from None
-    if isinstance(targets, list):
-        _check_every_name_matches(targets, peft_model)
-    if side_rank:
-        side = LoraConfig(
-            r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
-        )
-        peft_model.add_adapter(SIDE, side)
-    activate(peft_model, trains=trains, side=False)
-    return peft_model
-
-
-def _check_every_name_matches(targets: list[str], model: PeftModel) -> None:
-    """Raise a UserError where one of several names adapts nothing, which PEFT passes over."""
-    adapted = lora_layers(model)
-    unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in adapted)]
-    if unmatched:
-        raise _no_match(unmatched, model.get_base_model())
-
-
-def _no_match(targets: list[str] | str, model: PreTrainedModel) -> UserError:
-    modules = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if _linear(m)}
-    names = {name.rsplit(".", 1)[-1] for name in modules if ".lora_" not in name}
-    return UserError(
-        f"lora.target_modules: expected names of modules in {model.config.model_type}, "
-        f"got {targets}, which match nothing; choose from {', '.join(sorted(names))}"
-    )
-
-
-def activate(model: PeftModel, *, trains: frozenset[str], side: bool) -> None:
-    """Let the forward pass see the client adapter, and the side adapter or not.
-
-    PEFT makes active adapters trainable as a whole, so the flags are set anew here.
-    """
-    model.base_model.set_adapter([CLIENT, SIDE] if side else [CLIENT])
-    for name, parameter in model.named_parameters():
-        factor = "A" if ".lora_A." in name else "B" if ".lora_B." in name else None
-        parameter.requires_grad_(f".{CLIENT}." in name and factor in trains)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return every adapted layer by its name in the base model."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
 def attention(section: ModelSection, config: PretrainedConfig) -> str:
     """Return the attention implementation, resolved."""
     if section.attention != "auto":
@@ -263,10 +180,6 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _load(cls: type, section: ModelSection, **options):

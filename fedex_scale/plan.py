@@ -147,14 +147,13 @@ def _weights(
     """Return where the base and its adapters lie, and what they need around them."""
     ranks, stage = machine.gpus, zero.get("stage", 0)
     base = _base_bytes(config, weights, dtype)
-    adapters = weights.client + weights.side
     sharded = stage == 3
-    # PEFT holds adapters in float32; DeepSpeed casts them to the base's dtype.
-    size = dtype.itemsize if stage else 4
+    # Plain PyTorch trains the client adapter in float32; DeepSpeed has masters of its own.
+    adapters = (dtype.itemsize if stage else 4) * weights.client + dtype.itemsize * weights.side
     # The server's on each rank, and on one the last client's until it is written.
     between = (ranks + 1) * 4 * weights.client
     needs = [
-        Need(name="adapters", gpu=size * adapters / (ranks if sharded else 1)),
+        Need(name="adapters", gpu=adapters / (ranks if sharded else 1)),
         Need(name="adapters between clients", host=between),
     ]
     away = _device(zero, "offload_param")

@@ -156,7 +156,7 @@ def aggregate_round(
             targets,
             sinks,
             seed=lambda layer: derive_seed(config.run.seed, "fresh", number, layer),
-            side_dtype=engine.side_dtype,
+            side_dtype=engine.dtype,
         )
     keeps_side = state.has_side and not side_rank
     if write and distributed.is_main():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fedex_scale import distributed
+from fedex_scale import distributed, head
 from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import LowRank, Pair
 from fedex_scale.client import TrainSection, train_client
@@ -43,6 +43,7 @@ COLLECTIVES = (
 
 def main(model: str, deepspeed: str, clients: str, out: str) -> None:
     chosen = None if deepspeed == "none" else deepspeed
+    head.PIECE = 4 * 400  # several pieces of logits in each step
     distributed.join_group(required=chosen is not None)
     engine = build_engine(
         ModelSection(path=model, dtype="float32"),

@@ -20,7 +20,8 @@ from fedex_scale.data.sources import DataConfig
 from fedex_scale.ds_config import EngineSection
 from fedex_scale.errors import UserError
 from fedex_scale.evaluation import EvaluationSection, check_tasks, evaluate
-from fedex_scale.models import ModelSection, add_adapters, load_model
+from fedex_scale.lora_model import add_adapters
+from fedex_scale.models import ModelSection, load_model
 from fedex_scale.run import check_evaluation
 
 ROOT = Path(__file__).parents[2]

@@ -51,6 +51,8 @@ ORDER = (
     "engine",
     "ds_config",
     "loading",
+    "lora_model",
+    "head",
     "models",
     "adapters",
     "peft_config",

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedex_scale import models
+from fedex_scale import lora_model, models
 from fedex_scale.adapters import LoraSection
 from fedex_scale.engine import Engine, fold_targets
 from fedex_scale.errors import UserError
-from fedex_scale.models import CLIENT, CONFIGS, ModelSection
+from fedex_scale.lora_model import CLIENT
+from fedex_scale.models import CONFIGS, ModelSection
 
 R, SIDE_RANK = 32, 64
 # Weights in all, as the hub says; layers; hidden size d, inner f, queries q, keys and values k.
@@ -34,7 +35,7 @@ def wrapped(name: str):
     section = ModelSection(config=name, random=True)
     base = models.meta_model(section, models.base_config(section))
     base.requires_grad_(False)
-    return models.add_adapters(
+    return lora_model.add_adapters(
         base, LoraSection(rank=R), trains=frozenset("AB"), side_rank=SIDE_RANK
     )
 
@@ -50,7 +51,7 @@ def shapes(name: str) -> dict[str, tuple[int, int]]:
 
 
 def test_every_projection_is_adapted_and_nothing_else(name: str) -> None:
-    layers = models.lora_layers(wrapped(name))
+    layers = lora_model.lora_layers(wrapped(name))
     expected = {
         f"model.layers.{i}.{n}": shape
         for i in range(FACTS[name][1])
@@ -74,7 +75,7 @@ def test_tied_weights_are_one_and_no_fold_reaches_them(name: str) -> None:
     base = model.get_base_model()
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     assert tied == TIED[name]
-    folded = {id(x.get_base_layer().weight) for x in models.lora_layers(model).values()}
+    folded = {id(x.get_base_layer().weight) for x in lora_model.lora_layers(model).values()}
     assert len(folded) == 7 * FACTS[name][1]
     assert id(base.get_output_embeddings().weight) not in folded
 
@@ -83,7 +84,7 @@ def test_fold_targets_cover_every_layer(name: str) -> None:
     model = wrapped(name)
     engine = Engine(
         model=model,
-        layers=models.lora_layers(model),
+        layers=lora_model.lora_layers(model),
         optimizer=None,
         trains=frozenset("AB"),
         max_grad_norm=1.0,

@@ -1,0 +1,119 @@
+"""The base model wrapped once with the two LoRA adapters that all rounds use."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from fedex_scale.adapters import LoraSection
+from fedex_scale.errors import UserError
+from fedex_scale.head import compute_loss_in_pieces
+
+CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
+
+
+def add_adapters(
+    model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int
+) -> PeftModel:
+    """Wrap the model with the client adapter and, if `side_rank`, the frozen side adapter.
+
+    Args:
+        trains: which factors train, a subset of {"A", "B"}.
+        side_rank: columns of the side adapter, which holds folded residuals; 0 for none.
+
+    Raises:
+        UserError: the target modules match nothing.
+    """
+    targets = lora.target_modules
+    targets = targets if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=CLIENT)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        raise _no_match(targets, model) from None
+    if isinstance(targets, list):
+        _check_every_name_matches(targets, peft_model)
+    if side_rank:
+        side = LoraConfig(
+            r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
+        )
+        peft_model.add_adapter(SIDE, side)
+    for layer in lora_layers(peft_model).values():
+        _compute_as_the_base(layer, model.dtype)
+    activate(peft_model, trains=trains, side=False)
+    compute_loss_in_pieces(model)
+    return peft_model
+
+
+def _compute_as_the_base(layer: LoraLayer, dtype: torch.dtype) -> None:
+    """Let both adapters compute in their input's dtype, instead of making the input float32.
+
+    The client adapter stays float32, for the optimizer; the frozen side adapter need not.
+    """
+    layer.cast_input_dtype_enabled = False
+    for factors in (layer.lora_A, layer.lora_B):
+        for name, factor in factors.items():
+            factor.__class__ = _Factor
+            if name == SIDE:
+                factor.to(dtype)
+
+
+class _Factor(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight.to(input.dtype))
+
+
+def _check_every_name_matches(targets: list[str], model: PeftModel) -> None:
+    """Raise a UserError where one of several names adapts nothing, which PEFT passes over."""
+    adapted = lora_layers(model)
+    unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in adapted)]
+    if unmatched:
+        raise _no_match(unmatched, model.get_base_model())
+
+
+def _no_match(targets: list[str] | str, model: PreTrainedModel) -> UserError:
+    modules = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if _linear(m)}
+    names = {name.rsplit(".", 1)[-1] for name in modules if ".lora_" not in name}
+    return UserError(
+        f"lora.target_modules: expected names of modules in {model.config.model_type}, "
+        f"got {targets}, which match nothing; choose from {', '.join(sorted(names))}"
+    )
+
+
+def activate(model: PeftModel, *, trains: frozenset[str], side: bool) -> None:
+    """Let the forward pass see the client adapter, and the side adapter or not.
+
+    PEFT makes active adapters trainable as a whole, so the flags are set anew here.
+    """
+    model.base_model.set_adapter([CLIENT, SIDE] if side else [CLIENT])
+    for name, parameter in model.named_parameters():
+        factor = "A" if ".lora_A." in name else "B" if ".lora_B." in name else None
+        parameter.requires_grad_(f".{CLIENT}." in name and factor in trains)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return every adapted layer by its name in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
