@@ -54,14 +54,14 @@ def add_adapters(
         )
         peft_model.add_adapter(SIDE, side)
     for layer in lora_layers(peft_model).values():
-        _compute_as_the_base(layer, model.dtype)
+        _train_as_the_base(layer, model.dtype)
     activate(peft_model, trains=trains, side=False)
     compute_loss_in_pieces(model)
     return peft_model
 
 
-def _compute_as_the_base(layer: LoraLayer, dtype: torch.dtype) -> None:
-    """Let both adapters compute in their input's dtype, instead of making the input float32.
+def _train_as_the_base(layer: LoraLayer, dtype: torch.dtype) -> None:
+    """Let adapters train in the base's dtype, instead of making every layer's input float32.
 
     The client adapter stays float32, for the optimizer; the frozen side adapter need not.
     """
@@ -74,8 +74,11 @@ def _compute_as_the_base(layer: LoraLayer, dtype: torch.dtype) -> None:
 
 
 class _Factor(nn.Linear):
+    """Trains in its input's dtype, and scores in its own, as PEFT would, to the bit."""
+
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight.to(input.dtype))
+        dtype = input.dtype if self.training else self.weight.dtype
+        return functional.linear(input.to(dtype), self.weight.to(dtype))
 
 
 def _check_every_name_matches(targets: list[str], model: PeftModel) -> None:

@@ -24,10 +24,10 @@ def update(
     """
     A_RI = (clients.pairs[0] if previous is None else previous).A_RI.float()
     for k in range(len(clients.pairs)):
-        moved = (clients.pairs[k].A_RI.float() - A_RI).norm()
-        if moved > A_TOLERANCE * A_RI.norm():
+        moved = ((clients.pairs[k].A_RI.float() - A_RI).norm() / A_RI.norm()).item()
+        if moved > A_TOLERANCE:
             raise UserError(
                 f"client {k}: expected the server's A, which ffa freezes, got one that differs by "
-                f"{moved / A_RI.norm():.1%}; train only B, or choose method fedex"
+                f"{moved:.1%}; train only B, or choose method fedex"
             )
     return LayerUpdate(Pair(A_RI, mean_pair(clients).B_OR.float()))

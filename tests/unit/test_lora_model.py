@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import get_peft_model
 from tiny import logits
 
 from fedex_scale import lora_model, models
@@ -118,11 +118,11 @@ def test_the_side_adapter_is_seen_when_it_is_active_only(tiny_llama: Path) -> No
     assert (logits(model) - plain).abs().max() > 0.1
 
 
-def test_adapters_compute_in_the_dtype_of_the_base(tiny_llama: Path) -> None:
+def test_adapters_train_in_the_dtype_of_the_base(tiny_llama: Path) -> None:
     """PEFT would make every layer's input float32 for a float32 adapter, and keep it."""
     model = lora_model.add_adapters(
         load(tiny_llama, torch.bfloat16), LoraSection(rank=3), trains=AB, side_rank=5
-    )
+    ).train()
     lora_model.activate(model, trains=AB, side=True)
     seen = set()
     for layer in lora_model.lora_layers(model).values():
@@ -135,18 +135,22 @@ def test_adapters_compute_in_the_dtype_of_the_base(tiny_llama: Path) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert seen == {(torch.bfloat16, torch.bfloat16)}
     for name, parameter in model.named_parameters():
-        float32 = f".{CLIENT}." in name
-        assert parameter.dtype == (torch.float32 if float32 else torch.bfloat16), name
-        if float32:
+        is_client = f".{CLIENT}." in name
+        assert parameter.dtype == (torch.float32 if is_client else torch.bfloat16), name
+        if is_client:
             assert parameter.grad.dtype == torch.float32
             assert parameter.grad.abs().max() > 0
 
 
-def test_in_float32_they_compute_as_pefts_own_do(tiny_llama: Path) -> None:
-    ours = wrap(tiny_llama, side_rank=0)
-    theirs = PeftModel(load(tiny_llama), ours.peft_config[CLIENT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_score_as_pefts_own_do(tiny_llama: Path, dtype: torch.dtype) -> None:
+    ours = lora_model.add_adapters(
+        load(tiny_llama, dtype), LoraSection(rank=3), trains=AB, side_rank=0
+    ).eval()
+    theirs = get_peft_model(load(tiny_llama, dtype), ours.peft_config[CLIENT]).eval()
     layers = (lora_model.lora_layers(model).values() for model in (ours, theirs))
     for layer, other in zip(*layers, strict=True):
         torch.nn.init.normal_(layer.lora_B[CLIENT].weight)
         other.load_state_dict(layer.state_dict())
+        assert other.lora_B[CLIENT].weight.dtype == torch.float32
     assert torch.equal(logits(ours), logits(theirs))

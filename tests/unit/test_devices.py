@@ -1,0 +1,23 @@
+"""No operation mixes devices: the checks of tests/gpu/fake_gpu_checks.py, in a process apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_nothing_mixes_devices() -> None:
+    places = [TESTS, TESTS / "unit", TESTS / "gpu", *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(TESTS / "gpu" / "fake_gpu_checks.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
