@@ -8,7 +8,7 @@ then its logits go. torch's own `linear_cross_entropy` cannot cap logits, as Gem
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 from torch import Tensor, nn
@@ -27,33 +27,50 @@ def compute_loss_in_pieces(model: PreTrainedModel) -> None:
     """Let a frozen model that is given labels return its loss, and no logits.
 
     The loss is the model's own but for float32's rounding: the sum over tokens whose label is not
-    masked, divided by `num_items_in_batch`. A model of another type, or
-    whose output layer is adapted, is left as it is.
+    masked, divided by `num_items_in_batch`. A model of another type, or whose output layer is
+    adapted, is left as it is.
     """
     head = model.get_output_embeddings()
     if model.config.model_type not in TYPES or type(head) is not nn.Linear:
         return
-    own_forward, logits_of = model.forward, _capped(head.forward, model)
+    head.__class__, head.cap = _Head, getattr(model.config, "final_logit_softcapping", None)
+    model.__class__ = _with_loss_in_pieces(type(model))
 
-    @wraps(own_forward)  # transformers looks at the signature
-    def forward(*args, labels=None, num_items_in_batch=None, **inputs) -> CausalLMOutputWithPast:
+
+@cache
+def _with_loss_in_pieces(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class with another way to its loss, under its own name."""
+
+    @wraps(cls.forward)  # transformers looks at the signature
+    def forward(self, *args, labels=None, num_items_in_batch=None, **inputs):
         if labels is None:
-            return own_forward(*args, **inputs)
-        hidden = model.get_decoder()(*args, **inputs).last_hidden_state
+            return cls.forward(self, *args, **inputs)
+        hidden = self.get_decoder()(*args, **inputs).last_hidden_state
         following = functional.pad(labels[:, 1:], (0, 1), value=MASKED).flatten()
         trained = (following != MASKED).nonzero().squeeze(1)
         targets = following[trained].to(hidden.device)
+        head = self.get_output_embeddings()
         loss = head(hidden.flatten(0, 1)[trained.to(hidden.device)], targets)
         return CausalLMOutputWithPast(loss=loss / (num_items_in_batch or max(1, len(trained))))
 
-    def head_forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        # Inside the layer's call, where ZeRO-3 has its weight at hand.
-        if targets is None:
-            return plain(hidden)
-        return _SumOfLosses.apply(hidden, targets, logits_of, max(1, PIECE // head.out_features))
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), {"forward": forward, **names})
 
-    plain, head.forward = head.forward, head_forward
-    model.forward = forward
+
+class _Head(nn.Linear):
+    """An output layer that gives the sum of losses where it is given targets."""
+
+    cap: float | None
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        # Within the layer's own call, as ZeRO-3 has its weight at hand then and only then.
+        if targets is None:
+            return super().forward(hidden)
+        return _SumOfLosses.apply(hidden, targets, self.logits, max(1, PIECE // self.out_features))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = super().forward(hidden)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class _SumOfLosses(torch.autograd.Function):
@@ -78,8 +95,3 @@ class _SumOfLosses(torch.autograd.Function):
     def backward(ctx, of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * of_loss).to(gradient.dtype), None, None, None
-
-
-def _capped(linear: Callable[[Tensor], Tensor], model: PreTrainedModel) -> Callable:
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return linear if cap is None else lambda hidden: cap * torch.tanh(linear(hidden) / cap)
