@@ -27,6 +27,21 @@ from fedex_scale.algebra import Pair
 
 VOCABULARY = 400
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+# Of a model of any type, in the words that their configs share.
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SENTENCES = [
     "Below is an instruction that describes a task.",
     "Write a response that appropriately completes the request.",

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedex_scale import head, lora_model, models
@@ -14,21 +15,7 @@ from fedex_scale.adapters import LoraSection
 from fedex_scale.data.batching import MASKED
 from fedex_scale.models import CONFIGS, ModelSection
 
-VOCABULARY, TRAINED = 97, 23
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+VOCABULARY, TRAINED = SIZES["vocab_size"], 23
 
 
 def make_model(kind: str) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedex_scale.cli import main
@@ -14,20 +15,6 @@ from fedex_scale.data.batching import MASKED, Examples, collate, pack
 from fedex_scale.models import PACKABLE
 
 LENGTHS = np.array([9, 1, 17, 5, 5, 12])
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 # Windows shorter than a row, so that they are seen to count from an example's own begin.
 TYPES = [*PACKABLE, "mistral, window", "gemma2, window"]
 CASES = [(name, "eager") for name in TYPES]
