@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def add_adapters(
         side_rank: columns of the side adapter, which holds folded residuals; 0 for none.
 
     Raises:
-        UserError: the target modules match nothing.
+        UserError: the target modules match nothing, or experts that share a tensor.
     """
     targets = lora.target_modules
     targets = targets if isinstance(targets, str) else list(targets)
@@ -53,7 +54,13 @@ def add_adapters(
             r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
         )
         peft_model.add_adapter(SIDE, side)
-    for layer in lora_layers(peft_model).values():
+    for name, layer in lora_layers(peft_model).items():
+        if isinstance(layer, ParamWrapper):
+            raise UserError(
+                f"lora.target_modules: expected layers of one matrix each, got {name} of "
+                f"{model.config.model_type}, which holds several experts; name others, such as "
+                "[q_proj, k_proj, v_proj, o_proj]"
+            )
         _train_as_the_base(layer, model.dtype)
     activate(peft_model, trains=trains, side=False)
     compute_loss_in_pieces(model)

@@ -103,6 +103,16 @@ def check_packing(section: ModelSection) -> None:
         )
 
 
+def check_vocabulary(section: ModelSection, largest: int) -> None:
+    """Raise a UserError where the tokenizer's largest token is none of the model's."""
+    size = base_config(section).get_text_config().vocab_size
+    if largest >= size:
+        raise UserError(
+            f"model: expected tokens below its vocabulary's size, {size}, got token {largest}; "
+            f"give {section.path} the tokenizer that it was made with"
+        )
+
+
 def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned."""
     config = base_config(section)

@@ -137,12 +137,19 @@ class _Sizes:
     def work(self, config: Config) -> Work:
         key = (config.train.micro_batch_size, config.model.gradient_checkpointing)
         if key not in self._works:
-            self._works[key] = footprint.run_shapes(
-                self._model,
-                examples=config.train.micro_batch_size,
-                length=config.data.max_length,
-                checkpointing=config.model.gradient_checkpointing,
-            )
+            try:
+                self._works[key] = footprint.run_shapes(
+                    self._model,
+                    examples=config.train.micro_batch_size,
+                    length=config.data.max_length,
+                    checkpointing=config.model.gradient_checkpointing,
+                )
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0].rstrip(".")
+                raise UserError(
+                    f"model: expected one that can run on shapes alone, got {config.model.path}: "
+                    f"{reason}; plan cannot count its activations"
+                ) from None
         return self._works[key]
 
     def estimate(self, config: Config, *, with_work: bool = True) -> Estimate:

@@ -89,6 +89,7 @@ def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     seed = config.run.seed
     rows = load_rows(config.data, derive_seed(seed, "rows"))
     examples = encode(rows, schema_of(config.data), tokenizer, max_length=config.data.max_length)
+    models.check_vocabulary(config.model, int(examples.tokens.max(initial=0)))
     rows = rows.select(examples.rows)
     parts = split(rows, config.partition, derive_seed(seed, "partition"))
     report = describe(parts, rows, config.partition.column)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import SIZES
+from transformers import AutoConfig
 
 from fedex_scale.cli import main
 
@@ -35,6 +37,18 @@ def test_one_line_and_code_2(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert CASES[override] in lines[0]
+    assert not (runs_of(tiny_config) / "bad").exists()
+
+
+def test_another_models_tokenizer_is_one_line(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path)
+    model = f"model={{config: {tmp_path}, random: true}}"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), "run.name=bad", model])
+    assert ended.value.code == 2
+    assert "expected tokens below its vocabulary's size, 97, got token" in capsys.readouterr().err
     assert not (runs_of(tiny_config) / "bad").exists()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import logits
+from tiny import SIZES, logits
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedex_scale import lora_model, models
 from fedex_scale.adapters import LoraSection
@@ -67,6 +68,12 @@ def test_names_that_match_nothing_are_told_what_there_is(tiny_llama: Path, names
     assert "which match nothing; choose from " in message
     for name in ("query", *(name.rpartition(".")[2] for name in PROJECTIONS)):
         assert name in message
+
+
+def test_experts_that_share_a_tensor_are_refused_by_name() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES))
+    with pytest.raises(UserError, match="of mixtral, which holds several experts"):
+        lora_model.add_adapters(model, LoraSection(), trains=AB, side_rank=0)
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,17 @@ def test_what_cannot_be_planned_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_operations_that_need_more_than_shapes_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("unsupported scalarType.\nand a page of it")
+
+    monkeypatch.setattr(footprint, "run_shapes", fail)
+    with pytest.raises(UserError, match=": unsupported scalarType; plan cannot count"):
+        plan(recipe())
+
+
 def test_a_run_is_warned_of_before_it_loads(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     config = load_config(write_config(tiny_llama, tmp_path))
     assert planning.warning(config) is None
