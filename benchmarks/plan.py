@@ -1,8 +1,8 @@
 """The peak memory that `fedex-scale plan` predicts, against that of real training.
 
-    python benchmarks/plan.py [--quick]
+    python benchmarks/plan.py [--examples 2] [--length 64] [--dtype float32] [--only NAME] [--quick]
 
-Trains a few steps in processes of their own, on the CPU in float32, with random weights: SmolLM2
+Trains a few steps in processes of their own, on the CPU, with random weights: SmolLM2
 and a small Llama; plain PyTorch, ZeRO-2, ZeRO-3 and offload; one and two ranks. A peak is VmHWM,
 over the process with everything imported and joined. Freed memory goes back to the system at once
 (MALLOC_MMAP_THRESHOLD_): otherwise the allocator's habits would be measured.
@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from fedex_scale.distributed import free_port
 from fedex_scale.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-STEPS, EXAMPLES, LENGTH = 2, 2, 64
+STEPS = 2
 GOAL = 0.1
 # Allocations from 64 kB on come from the system and go back to it.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
@@ -49,6 +49,9 @@ class Setting:
     deepspeed: str | None = None
     ranks: int = 1
     checkpointing: bool = False
+    examples: int = 2
+    length: int = 64
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         how = (self.deepspeed or "plain") + (", checkpointing" if self.checkpointing else "")
@@ -75,10 +78,12 @@ def benchmark(args: argparse.Namespace) -> None:
         chosen = SETTINGS[4:5] if args.quick else SETTINGS
         if args.only:
             chosen = [setting for setting in SETTINGS if args.only in str(setting)]
-        rows = {str(setting): run(setting, folder) for setting in chosen}
+        size = {"examples": args.examples, "length": args.length, "dtype": args.dtype}
+        rows = {str(setting): run(replace(setting, **size), folder) for setting in chosen}
     report(
         __file__,
-        f"float32, LoRA of rank 32, {EXAMPLES} x {LENGTH} tokens, {STEPS} steps, ranks together",
+        f"{args.dtype}, LoRA of rank 32, {args.examples} x {args.length} tokens, {STEPS} steps, "
+        "ranks together",
         [
             Figure(name=f"{name}: {what}", values=[row[what]], unit="MB")
             for name, row in rows.items()
@@ -135,7 +140,7 @@ def measure_rank(text: str, folder: str) -> None:
         trains=frozenset("AB"),
         side_rank=64,
         optimizer="adamw",
-        micro_batch_size=EXAMPLES,
+        micro_batch_size=setting.examples,
         accumulation=1,
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -144,10 +149,10 @@ def measure_rank(text: str, folder: str) -> None:
     held = [dict(engine.read_pairs(built))]
     if distributed.is_main():
         held.append({name: Pair(*(x.clone() for x in pair)) for name, pair in held[0].items()})
-    tokens = torch.randint(5, 200, (EXAMPLES, LENGTH))
+    tokens = torch.randint(5, 200, (setting.examples, setting.length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for _ in range(STEPS):
-        engine.train_step(built, [batch], tokens=EXAMPLES * LENGTH * setting.ranks, lr=1e-4)
+        engine.train_step(built, [batch], tokens=tokens.numel() * setting.ranks, lr=1e-4)
     found = {"predicted": predicted, "peak": memory("VmHWM") - before}
     (Path(folder) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.leave(0)
@@ -165,11 +170,11 @@ def config_of(setting: Setting, folder: Path):
         "model": {
             "config": str(folder / "small.json") if small else setting.model,
             "random": True,
-            "dtype": "float32",
+            "dtype": setting.dtype,
             "gradient_checkpointing": setting.checkpointing,
         },
-        "data": {"path": "none.jsonl", "max_length": LENGTH, "num_examples": 100},
-        "train": {"micro_batch_size": EXAMPLES, "batch_size": EXAMPLES},
+        "data": {"path": "none.jsonl", "max_length": setting.length, "num_examples": 100},
+        "train": {"micro_batch_size": setting.examples, "batch_size": setting.examples},
         "engine": {"deepspeed": file},
     }
     path = folder / f"{os.getpid()}.yaml"
@@ -197,4 +202,9 @@ if __name__ == "__main__":
         measure_rank(*sys.argv[2:])
     else:
         only = {"help": "those settings whose name has this in it, such as zero3"}
-        start(__doc__, benchmark, only=only)
+        sizes = {
+            "examples": {"type": int, "default": 2, "help": "of a micro-batch (%(default)s)"},
+            "length": {"type": int, "default": 64, "help": "tokens of each (%(default)s)"},
+            "dtype": {"default": "float32", "help": "or bfloat16 (%(default)s)"},
+        }
+        start(__doc__, benchmark, only=only, **sizes)

@@ -145,7 +145,7 @@ class _Sizes:
                     checkpointing=config.model.gradient_checkpointing,
                 )
             except RuntimeError as error:
-                reason = str(error).splitlines()[0].rstrip(".")
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
                 raise UserError(
                     f"model: expected one that can run on shapes alone, got {config.model.path}: "
                     f"{reason}; plan cannot count its activations"

@@ -5,7 +5,6 @@ Run by tests/unit/test_devices.py, in a process of its own.
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -15,8 +14,8 @@ import pytest
 import torch
 from fake_gpu import GPU, fake_gpu
 from server_oracle import RANK, SCALING, SHAPES, make_clients, start
-from tiny import save_adapter
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tiny import SIZES, save_adapter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedex_scale import engine as engines
 from fedex_scale import models
@@ -30,18 +29,6 @@ from fedex_scale.methods import METHODS, MethodConfig, ffa
 from fedex_scale.models import ModelSection
 from fedex_scale.weights import Target, fold
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 48,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 400,
-    "pad_token_id": 0,
-}
-
 
 def test_a_mix_of_devices_is_seen() -> None:
     with fake_gpu() as gpu, pytest.raises(RuntimeError, match="two devices"):
@@ -50,9 +37,8 @@ def test_a_mix_of_devices_is_seen() -> None:
 
 @pytest.fixture(params=["llama", "gemma2"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    more = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 12}
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG | (more if request.param == "gemma2" else {})))
+    AutoConfig.for_model(request.param, **SIZES).to_json_file(path)
     return path
 
 
