@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from fedex_scale.algebra import LowRank, Pair, align, lora_scaling, stack
 from fedex_scale.errors import UserError
 from fedex_scale.peft_config import CONFIG_FILE, read_config
-from fedex_scale.tensorfile import SafetensorsReader, SafetensorsWriter
+from fedex_scale.tensorfile import SafetensorsReader, SafetensorsWriter, TrimmedWriter
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -202,20 +202,14 @@ class AdapterWriter:
         for layer, (rows, columns) in shapes.items():
             specs[_key(layer, "A")] = (torch.float32, (rank, columns))
             specs[_key(layer, "B")] = (torch.float32, (rows, rank))
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0,
-            "use_rslora": use_rslora,
-            "bias": "none",
-            "fan_in_fan_out": fan_in_fan_out,
-            "inference_mode": True,
-            "target_modules": target_suffixes(shapes),
-            **(settings or {}),
-        }
+        config = peft_config(
+            shapes,
+            rank=rank,
+            alpha=alpha,
+            base=base,
+            use_rslora=use_rslora,
+            fan_in_fan_out=fan_in_fan_out,
+        ) | dict(settings or {})
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         self._writer = SafetensorsWriter(directory / WEIGHTS_FILE, specs)
 
@@ -248,6 +242,77 @@ class AdapterWriter:
 
     def __exit__(self, *error: object) -> None:
         self._writer.__exit__(*error)
+
+
+class PartWriter:
+    """Writes low-rank matrices, layer by layer, as a PEFT directory whose layers differ in rank.
+
+    Args:
+        max_rank: columns that no layer exceeds.
+        dtype: of the file.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        max_rank: int,
+        dtype: torch.dtype,
+        base: str,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._shapes, self._base = directory, shapes, base
+        self._ranks: dict[str, int] = {}
+        largest = {}
+        for layer, (rows, columns) in shapes.items():
+            largest[_key(layer, "A")] = (dtype, (max_rank, columns))
+            largest[_key(layer, "B")] = (dtype, (rows, max_rank))
+        self._writer = TrimmedWriter(directory / WEIGHTS_FILE, largest)
+
+    def write(self, layer: str, part: LowRank) -> None:
+        """Write U as B and V as A; nothing becomes a column of zeros, which PEFT can load."""
+        missing = 0 if part.V_PI.shape[0] else 1
+        self._writer.write(_key(layer, "A"), pad(part.V_PI, (0, 0, 0, missing)))
+        self._writer.write(_key(layer, "B"), pad(part.U_OP, (0, missing)))
+        self._ranks[layer] = part.V_PI.shape[0] + missing
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, error: object, *rest: object) -> None:
+        self._writer.__exit__(error, *rest)
+        if not error:
+            rank = max(self._ranks.values())
+            other = {layer: own for layer, own in self._ranks.items() if own != rank}
+            config = peft_config(self._shapes, rank=rank, alpha=rank, base=self._base)
+            config |= {"rank_pattern": other, "alpha_pattern": other}
+            (self._directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def peft_config(
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    rank: int,
+    alpha: float,
+    base: str,
+    use_rslora: bool = False,
+    fan_in_fan_out: bool = False,
+) -> dict[str, Any]:
+    """Return adapter_config.json of plain LoRA on these layers."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "target_modules": target_suffixes(shapes),
+    }
 
 
 def write_joined(

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal, get_args
 
 from fedex_scale.errors import UserError
+from fedex_scale.side import Growth, Past
+from fedex_scale.weights import FoldStats
+
+Fold = Literal["side", "planes", "carry", "round"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AggregateSection:
     """Where the part of the update that the adapter cannot hold goes."""
 
-    fold: Literal["side", "carry", "round"] = "side"
-    """side: a second frozen adapter; carry: the base, with what rounding loses kept for the next
+    fold: Fold = "side"
+    """side: a second frozen adapter, which grows with the rounds; planes: a second matrix beside
+    each weight, for tens of rounds; carry: the base, with what rounding loses kept for the next
     fold; round: the base, rounded at every fold, as published."""
     side_rank: int | None = None
-    """Rank of the side adapter; none: one round's (K-1)R, at most 128."""
+    """Columns that the side adapter may come to have; none: all rounds' (K-1)R, at most 512."""
+    side_tolerance: float = 1e-3
+    """Share of a round's residual, by norm, that a layer may leave out to save columns."""
     clip_update_norm: float | None = None
     """Scale a client's change of the adapter down to this norm, over all factors; none: never."""
     reject_update_norm: float | None = None
     """Leave a client out of the round whose change has a larger norm than this; none: never."""
 
     def __post_init__(self) -> None:
-        if self.fold not in ("side", "carry", "round"):
-            raise UserError(f"aggregate.fold: expected side, carry or round, got {self.fold}")
+        if self.fold not in get_args(Fold):
+            known = ", ".join(get_args(Fold))
+            raise UserError(f"aggregate.fold: expected one of {known}, got {self.fold}")
         if self.side_rank is not None and self.side_rank < 1:
             raise UserError(f"aggregate.side_rank: expected at least 1, got {self.side_rank}")
+        if not 0 <= self.side_tolerance < 1:
+            raise UserError(
+                "aggregate.side_tolerance: expected at least 0 and below 1, got "
+                f"{self.side_tolerance}; 0.001 leaves out a thousandth"
+            )
         for name in ("clip_update_norm", "reject_update_norm"):
             bound = getattr(self, name)
             if bound is not None and not 0 < bound < math.inf:
@@ -39,17 +52,65 @@ class LayerReport:
     """What one layer's aggregation did; norms are Frobenius norms, scaling included."""
 
     layer: str
-    ideal_norm: float
+    ideal_norm: float = 0.0
     """Of the update that exact averaging would make."""
-    residual_norm: float
+    residual_norm: float = 0.0
     """Of the part that went to the side adapter or the base."""
-    missed_norm: float
-    """Of the part of the residual that the forward pass does not see."""
+    missed_norm: float = 0.0
+    """Of the difference between that part and the change that the forward pass sees."""
+    sum_norm: float | None = None
+    """Of the sum of all rounds' residuals; None where there is but one round."""
+    unseen_norm: float | None = None
+    """Of the part of that sum that the forward pass does not see; where it is not known, as much
+    as it can be at most."""
+    side_rank: int = 0
+    """Columns of the side adapter."""
+    side_starts: bool = False
+    """The side adapter begins anew with this round's columns."""
+    side_capped: bool = False
+    """It has no room for all that the forward pass should see."""
     note: str | None = None
 
     @property
     def kept(self) -> float:
+        """Share of this round's part that the forward pass sees."""
         return _kept(self.missed_norm, self.residual_norm)
+
+    def grown(self, growth: Growth, past: Past) -> LayerReport:
+        """Return the same with what became of the side adapter."""
+        columns = growth.part.V_PI.shape[0]
+        starts = growth.whole or not past.num_columns
+        return replace(
+            self,
+            missed_norm=growth.missed_norm,
+            sum_norm=growth.sum_norm,
+            unseen_norm=growth.unseen_norm,
+            side_rank=columns if starts else past.num_columns + columns,
+            side_starts=starts,
+            side_capped=growth.capped,
+        )
+
+    def folded(self, stats: FoldStats, crossed: tuple[float, float] | None) -> LayerReport:
+        """Return the same with what the fold into the base did.
+
+        Args:
+            stats: of all ranks.
+            crossed: where the norms come from the fold, what the squared norm of the update has
+                besides the fold's, and what the ideal update's has besides the update's.
+        """
+        layer = self
+        if crossed is not None:
+            update = max(0.0, stats.intended + crossed[0])
+            ideal = max(0.0, update + crossed[1])
+            layer = replace(layer, ideal_norm=math.sqrt(ideal), residual_norm=math.sqrt(update))
+        layer = replace(layer, missed_norm=math.hypot(layer.missed_norm, math.sqrt(stats.missed)))
+        if layer.unseen_norm is None or not stats.intended:
+            return layer
+        # A carry holds what is unseen. Without one, no more is known than that it adds up at most.
+        unseen = layer.unseen_norm + layer.missed_norm
+        if stats.carried:
+            unseen = math.sqrt(stats.unseen)
+        return replace(layer, unseen_norm=unseen)
 
 
 @dataclass(kw_only=True)
@@ -58,44 +119,56 @@ class AggregateReport:
 
     layers: list[LayerReport] = field(default_factory=list)
     base_changed: bool = False
+    cap: str | None = None
+    """What to know where the side adapter is full, on one line."""
 
     def total(self, name: str) -> float:
-        return math.sqrt(sum(getattr(layer, name) ** 2 for layer in self.layers))
+        return math.sqrt(sum((getattr(layer, name) or 0.0) ** 2 for layer in self.layers))
 
     @property
     def kept(self) -> float:
         """Share of the round's residual that reached the forward pass: 1 is all of it."""
         return _kept(self.total("missed_norm"), self.total("residual_norm"))
 
+    @property
+    def kept_of_all(self) -> float | None:
+        """Share of the sum of all rounds' residuals that the forward pass sees; None if there is
+        but one round."""
+        if any(layer.sum_norm is None for layer in self.layers):
+            return None
+        return _kept(self.total("unseen_norm"), self.total("sum_norm"))
+
+    @property
+    def side_rank(self) -> int:
+        """Columns of the side adapter, in the layer that has most."""
+        return max((layer.side_rank for layer in self.layers), default=0)
+
     def as_dict(self) -> dict:
         """Return the report as it is written to disk."""
-        names = ("ideal_norm", "residual_norm", "missed_norm")
+        names = ("ideal_norm", "residual_norm", "missed_norm", "sum_norm", "unseen_norm")
         return {
             "kept": self.kept,
+            "kept_of_all": self.kept_of_all,
             **{name: self.total(name) for name in names},
             "base_changed": self.base_changed,
+            "side_rank": self.side_rank,
+            "cap": self.cap,
             "largest_layer": max(self.layers, key=lambda x: x.residual_norm).layer,
-            "layers": [
-                {
-                    "layer": x.layer,
-                    **{name: getattr(x, name) for name in names},
-                    "kept": x.kept,
-                    "note": x.note,
-                }
-                for x in self.layers
-            ],
+            "layers": [asdict(x) | {"kept": x.kept} for x in self.layers],
         }
 
     def summary(self, section: AggregateSection) -> dict:
         """Return the few numbers that a person wants to see after a round."""
-        short = ("kept", "ideal_norm", "residual_norm", "base_changed", "largest_layer")
+        short = ("kept", "kept_of_all", "ideal_norm", "residual_norm", "base_changed", "side_rank")
+        short += ("largest_layer",)
         whole = self.as_dict()
         notes = sorted({layer.note for layer in self.layers if layer.note})
-        return {k: whole[k] for k in short} | {"warning": self.warning(section), "notes": notes}
+        told = {"warning": self.warning(section), "cap": self.cap, "notes": notes}
+        return {k: whole[k] for k in short} | told
 
     def warning(self, section: AggregateSection) -> str | None:
-        """Return one plain line where most of the residual was lost, and None otherwise."""
-        if self.kept >= 0.5:
+        """Return one plain line where a fold lost most of the residual, and None otherwise."""
+        if self.kept >= 0.5 or self.cap:
             return None
         remedy = "raise side_rank" if section.fold == "side" else "use fold: side"
         return (

@@ -6,10 +6,9 @@ the base just the rows that it stores; rank 0 writes. One layer's factors are in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import astuple, dataclass, fields, replace
+from itertools import islice
 
 import torch
 
@@ -21,19 +20,19 @@ from fedex_scale.algebra import (
     Clients,
     LowRank,
     Pair,
-    Pieces,
-    compress,
-    compress_pieces,
     ideal_update,
     inner,
     norm,
     norm_of_sum,
-    stack,
 )
 from fedex_scale.deviation import Deviation, measure
 from fedex_scale.errors import UserError
 from fedex_scale.methods import METHODS, LayerUpdate, MethodConfig
+from fedex_scale.side import Past, grow, split
 from fedex_scale.weights import FoldStats, Target, fold
+
+MAX_SIDE_RANK = 512
+"""Columns of a run's side adapter by default; at 4096 x 4096 they cost a quarter of a layer."""
 
 
 def _nowhere(layer: str, result: object) -> None:
@@ -49,8 +48,9 @@ class Round:
         weights: one a client, summing to 1.
         previous: the server's adapter that the round began with; None if it is not known.
         rank, scaling: of the server's adapter.
-        side: the side adapter before this round, or None.
-        side_rank: rank of the side adapter (fold: side only).
+        side_rank: columns that the side adapter may have (fold: side only).
+        past: what earlier rounds left of a layer, its factors on a device; None: there is but this
+            one round, whose overflow goes into the base.
     """
 
     clients: Sequence[Adapter]
@@ -58,8 +58,8 @@ class Round:
     previous: Adapter | None
     rank: int
     scaling: float
-    side: Adapter | None = None
     side_rank: int = 0
+    past: Callable[[str, torch.device], Past] | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Sinks:
     Fields:
         adapter: takes the new server adapter.
         residual: takes what the method adds to the base: the factors that a server would send.
-        side: takes the new side adapter.
+        side: takes the side adapter's new columns.
         client: takes what a client that keeps its pair lacks (`assign: keep`), by its index.
         deviation: takes what averaging lost; None where clients are too many to be in memory.
     """
@@ -105,25 +105,17 @@ def is_streamed(num_clients: int, rank: int) -> bool:
     return num_clients > max(1, MAX_RANK // rank)
 
 
-def is_worth_keeping(rank: int, shapes: Iterable[tuple[int, int]]) -> bool:
-    """Return whether factors of this rank are smaller than the weights (O, I) themselves."""
-    shapes = list(shapes)
-    return rank * sum(o + i for o, i in shapes) <= sum(o * i for o, i in shapes)
-
-
-def default_side_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
-    """Return the rank that holds one round's base update whole, at most 128; 0 if there is none."""
-    return min(128, base_update_rank(method, num_clients, rank))
-
-
 def side_rank_of(
-    method: MethodConfig, section: AggregateSection, num_clients: int, rank: int
+    method: MethodConfig, section: AggregateSection, num_clients: int, rank: int, rounds: int
 ) -> int:
-    """Return the rank of a run's side adapter, 0 for none."""
-    usual = default_side_rank(method, num_clients, rank)
-    if section.fold != "side" or not usual:
+    """Return how many columns a run's side adapter may come to have, 0 for none.
+
+    By default those of all rounds' base updates, at most 512.
+    """
+    most = base_update_rank(method, num_clients, rank)
+    if section.fold != "side" or not most:
         return 0
-    return section.side_rank or usual
+    return section.side_rank or min(MAX_SIDE_RANK, rounds * most)
 
 
 def aggregate(
@@ -153,33 +145,73 @@ def aggregate(
     report, stats, crossed = AggregateReport(), {}, {}
     for layer in round.layers:
         target = targets[layer]
-        clients, previous = _read_layer(round, layer, target.device)
-        generator = torch.Generator().manual_seed(seed(layer))
-        update = METHODS[method.name].update(clients, previous, method, generator)
+        update, clients, previous = update_of(round, method, layer, target.device, seed(layer))
         sinks.adapter(layer, update.pair)
         _send_corrections(layer, update, clients, sinks)
-        ideal_norm = residual_norm = missed = in_side = 0.0
-        rest = update.base_update
-        streamed = is_streamed(len(clients.pairs), round.rank)
         if sinks.deviation is not None:
-            sinks.deviation(layer, None if streamed else measure(clients, previous))
-        if not streamed:
-            rest = list(rest)
-        few = isinstance(rest, Sequence)
-        if few:
-            ideal_norm = norm_of_sum(ideal_update(clients))
-            residual_norm = norm_of_sum(rest) if rest else 0.0
-        if rest:
-            sinks.residual(layer, rest)
-        if rest and section.fold == "side":
-            missed, in_side, rest = _into_side(layer, rest, round, sinks, side_dtype)
-        if not few:
-            crossed[layer] = (in_side, _cross_terms(update, clients.scaling))
+            few = not is_streamed(len(clients.pairs), round.rank)
+            sinks.deviation(layer, measure(clients, previous) if few else None)
+        past = round.past(layer, target.device) if round.past else None
+        found, rest, crossed[layer] = _place(
+            layer, update, clients, past, round, section, sinks, side_dtype
+        )
         stats[layer] = fold(target, rest, carry=section.fold != "round")
-        report.layers.append(LayerReport(layer, ideal_norm, residual_norm, missed, update.note))
+        report.layers.append(found)
         on_layer(layer)
     _add_stats(report, targets, stats, crossed)
     return report
+
+
+def _place(
+    layer: str,
+    update: LayerUpdate,
+    clients: Clients,
+    past: Past | None,
+    round: Round,
+    section: AggregateSection,
+    sinks: Sinks,
+    side_dtype: torch.dtype,
+) -> tuple[LayerReport, Iterable[LowRank], tuple[float, float] | None]:
+    """Put a base update where the fold mode wants it.
+
+    Returns:
+        What is known of it; what is left for the base; and where the pieces are many, and the norms
+        come from the fold, what the update's squared norm has besides the fold's, and the ideal
+        update's besides the update's.
+    """
+    pieces, few = update.base_update, not is_streamed(len(clients.pairs), round.rank)
+    if few:
+        pieces = list(pieces)
+    found = LayerReport(layer, note=update.note)
+    if pieces:
+        sinks.residual(layer, pieces)
+    if few or past is not None:
+        size = norm_of_sum(pieces) if pieces else 0.0
+        found = replace(found, ideal_norm=norm_of_sum(ideal_update(clients)), residual_norm=size)
+    if past is not None:
+        found = replace(found, sum_norm=past.sum_norm, unseen_norm=past.unseen_norm)
+    if not pieces:
+        return found, [], None
+    if section.fold == "side" and past is not None:
+        growth = grow(
+            pieces,
+            past,
+            max_rank=round.side_rank,
+            tolerance=section.side_tolerance,
+            dtype=side_dtype,
+        )
+        sinks.side(layer, growth.part)
+        return found.grown(growth, past), [], None
+    if past is not None:
+        found = replace(found, sum_norm=past.sum_norm_with(pieces))
+    in_side = 0.0
+    if section.fold == "side":
+        part, missed, in_side, pieces = split(pieces, round.side_rank, side_dtype)
+        sinks.side(layer, part)
+        found = replace(found, missed_norm=missed)
+    if few or past is not None:
+        return found, pieces, None
+    return found, pieces, (in_side, _cross_terms(update, clients.scaling))
 
 
 def _cross_terms(update: LayerUpdate, scaling: float) -> float:
@@ -190,6 +222,15 @@ def _cross_terms(update: LayerUpdate, scaling: float) -> float:
     """
     product = LowRank(update.pair.B_OR * scaling, update.pair.A_RI)
     return norm(product) ** 2 + 2 * sum(inner(product, piece) for piece in update.base_update)
+
+
+def update_of(
+    round: Round, method: MethodConfig, layer: str, device: torch.device, seed: int
+) -> tuple[LayerUpdate, Clients, Pair | None]:
+    """Return a method's answer for one layer, and the clients and the server's pair it is for."""
+    clients, previous = _read_layer(round, layer, device)
+    generator = torch.Generator().manual_seed(seed)
+    return METHODS[method.name].update(clients, previous, method, generator), clients, previous
 
 
 def _read_layer(round: Round, layer: str, device: torch.device) -> tuple[Clients, Pair | None]:
@@ -213,67 +254,21 @@ def _send_corrections(layer: str, update: LayerUpdate, clients: Clients, sinks: 
             sinks.client(layer, k, [pair, *update.client_update(k)])
 
 
-def _into_side(
-    layer: str, update: Iterable[LowRank], round: Round, sinks: Sinks, dtype: torch.dtype
-) -> tuple[float, float, Iterable[LowRank]]:
-    """Put a base update into the side adapter.
-
-    The best rank-`side_rank` part of the old side adapter plus the update is kept; of many pieces
-    one that is nearly the best, as what overflows is not lost: it is for the base.
-
-    Returns:
-        What the forward pass misses of it, as it rounds to `dtype`; of many pieces how much of the
-        update's squared norm is not in the overflow's; the overflow.
-    """
-    old = None
-    if round.side is not None:
-        pair, device = round.side.pair(layer), next(iter(update)).U_OP.device
-        old = LowRank(pair.B_OR.float().to(device), pair.A_RI.float().to(device))
-    first = [] if old is None else [old]
-    in_side = 0.0
-    if isinstance(update, Sequence):
-        kept, rest = compress(stack(*first, *update), round.side_rank)
-        overflow = [rest] if rest.U_OP.any() else []
-    else:
-        parts = Pieces(lambda: chain(first, update))
-        kept, overflow = compress_pieces(parts, round.side_rank, nearly=True)
-        in_side = norm(kept) ** 2  # a projection of the parts' sum: orthogonal to the overflow
-        if old is not None:
-            in_side -= norm(old) ** 2 + 2 * sum(inner(old, piece) for piece in update)
-    sinks.side(layer, kept)
-    seen = LowRank(*(factor.to(dtype).float() for factor in kept))
-    missed = norm(stack(seen, LowRank(-kept.U_OP, kept.V_PI)))
-    return missed, in_side, overflow
-
-
 def _add_stats(
     report: AggregateReport,
     targets: Mapping[str, Target],
     stats: Mapping[str, FoldStats],
-    crossed: Mapping[str, tuple[float, float]],
+    crossed: Mapping[str, tuple[float, float] | None],
 ) -> None:
-    """Add what the folds found to the report, summed over the ranks' shards.
-
-    Args:
-        crossed: where the pieces are many, what the squared norm of the update has besides the
-            fold's, and what the ideal update's has besides the update's.
-    """
+    """Add what the folds found to the report, summed over the ranks' shards."""
     ranks = distributed.world_size()
     shares = [1 / ranks if targets[layer].is_whole else 1.0 for layer in stats]
-    local = [
-        x * c for s, c in zip(stats.values(), shares, strict=True) for x in (s.intended, s.missed)
-    ]
-    sums = distributed.sum_over_ranks(*local)
+    local = [x * share for s, share in zip(stats.values(), shares, strict=True) for x in astuple(s)]
+    sums = iter(distributed.sum_over_ranks(*local))
     for i, layer in enumerate(report.layers):
-        intended, missed = sums[2 * i], sums[2 * i + 1]
-        report.base_changed |= intended > 0 and targets[layer.layer].writable
-        total = math.hypot(layer.missed_norm, math.sqrt(missed))
-        layer = replace(layer, missed_norm=total)
-        if layer.layer in crossed:
-            update = max(0.0, intended + crossed[layer.layer][0])
-            ideal = max(0.0, update + crossed[layer.layer][1])
-            layer = replace(layer, ideal_norm=math.sqrt(ideal), residual_norm=math.sqrt(update))
-        report.layers[i] = layer
+        of_all = FoldStats(*islice(sums, len(fields(FoldStats))))
+        report.base_changed |= of_all.intended > 0 and targets[layer.layer].writable
+        report.layers[i] = layer.folded(of_all, crossed[layer.layer])
 
 
 def check_clients(round: Round) -> None:

@@ -26,8 +26,10 @@ from fedex_scale.lowrank import (
     inner,
     norm,
     norm_of_sum,
+    round_factors,
     singular_values,
     stack,
+    truncate,
 )
 
 __all__ = [
@@ -48,8 +50,10 @@ __all__ = [
     "norm_of_sum",
     "normalise_weights",
     "residual",
+    "round_factors",
     "singular_values",
     "stack",
+    "truncate",
 ]
 
 MAX_RANK = 512

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def write(run: RunDir) -> Path:
         "targets": targets if isinstance(targets, str) else ", ".join(targets),
         "train": config["train"],
         "seed": config["run"]["seed"],
+        "kept": _kept(tree["rounds"]),
         "scores": _scores(tree),
         "folders": [(name, folders[name]) for name in there],
         "load_base": "base" if changed and adapter == "adapter" else base,
@@ -131,6 +132,16 @@ def _scores(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for score in _last(tree)
     ]
+
+
+def _kept(rounds: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return how much of the residuals the forward pass sees; None where there are none."""
+    rounds = [round for round in rounds if round["residual_norm"]]
+    if not rounds:
+        return None
+    listed = ", ".join(f"{round['kept']:.2%}" for round in rounds)
+    of_all = rounds[-1].get("kept_of_all")
+    return listed + (f"; of all rounds together {of_all:.2%}" if of_all is not None else "")
 
 
 def _percent(score: Mapping[str, Any] | None) -> str:

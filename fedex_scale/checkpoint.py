@@ -25,7 +25,7 @@ from typing import Any
 from fedex_scale.errors import UserError
 from fedex_scale.state import Place, RunDir
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _BLOCK = 2**20
 _MAX_MANIFEST_BYTES = 2**26

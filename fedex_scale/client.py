@@ -21,6 +21,7 @@ from fedex_scale.engine import (
     OPTIMIZERS,
     Engine,
     Source,
+    is_conv1d,
     read_pairs,
     reset_for_client,
     train_step,
@@ -259,7 +260,7 @@ def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) 
         alpha=lora.alpha,
         base=base,
         use_rslora=lora.use_rslora,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in engine.layers.values()),
+        fan_in_fan_out=is_conv1d(engine),
     )
 
 

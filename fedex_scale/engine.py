@@ -13,6 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fedex_scale import distributed, lora_model, models
 from fedex_scale.adapters import LoraSection
@@ -21,7 +22,7 @@ from fedex_scale.ds_config import EngineSection, read_ds_config
 from fedex_scale.loading import load_base
 from fedex_scale.lora_model import CLIENT, SIDE
 from fedex_scale.models import ModelSection
-from fedex_scale.parameters import Source, read_float32, read_whole, resident, write_pair
+from fedex_scale.parameters import Source, read_float32, read_whole, resident, resize, write_pair
 from fedex_scale.weights import Target
 
 OPTIMIZERS = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -37,6 +38,7 @@ class Engine:
     trains: frozenset[str]
     max_grad_norm: float
     side_rank: int
+    has_planes: bool
     device: torch.device
     dtype: torch.dtype
     deepspeed: Any | None = None
@@ -58,12 +60,14 @@ def build_engine(
     accumulation: int,
     weight_decay: float,
     max_grad_norm: float,
+    has_planes: bool = False,
 ) -> Engine:
     """Load the model and build the engine, once a run.
 
     Args:
         trains: which LoRA factors train, a subset of {"A", "B"}.
-        side_rank: rank of the frozen side adapter, 0 for none.
+        side_rank: columns that the frozen side adapter may come to have, 0 for none.
+        has_planes: a second matrix beside each weight takes the side adapter's place.
         accumulation: micro-batches in a full optimizer step, for DeepSpeed's bookkeeping.
 
     Raises:
@@ -84,7 +88,7 @@ def build_engine(
     base = load_base(model, dtype, device, ds_config)
     if ds_config is None and model.quantization == "none":
         base.to(device)
-    peft_model = lora_model.add_adapters(base, lora, trains=trains, side_rank=side_rank)
+    peft_model = lora_model.add_adapters(base, lora, trains=trains)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -98,17 +102,21 @@ def build_engine(
             model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
         )
         inner = ds_engine.basic_optimizer
-    return Engine(
+    engine = Engine(
         model=peft_model,
         layers=lora_model.lora_layers(peft_model),
         optimizer=inner,
         trains=trains,
         max_grad_norm=max_grad_norm,
         side_rank=side_rank,
+        has_planes=has_planes,
         device=device,
         dtype=dtype,
         deepspeed=ds_engine,
     )
+    if has_planes:
+        _add_planes(engine)
+    return engine
 
 
 def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
@@ -119,8 +127,7 @@ def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
         side: whether the side adapter holds anything, and so takes part.
     """
     _release(engine)
-    if side != (SIDE in engine.model.active_adapters):  # a walk over all modules costs as a read
-        lora_model.activate(engine.model, trains=engine.trains, side=side)
+    _activate(engine, [CLIENT, SIDE] if side else [CLIENT])
     for name, layer in engine.layers.items():
         write_pair(layer, CLIENT, source(name))
 
@@ -172,6 +179,11 @@ def train_step(
     return distributed.sum_over_ranks(float(total))[0]
 
 
+def is_conv1d(engine: Engine) -> bool:
+    """Return whether any adapted layer is GPT-2's Conv1D, which stores its weight as (I, O)."""
+    return any(layer.fan_in_fan_out for layer in engine.layers.values())
+
+
 def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair]]:
     """Yield the client adapter layer by layer, float32 on the CPU; every rank must take part.
 
@@ -185,22 +197,70 @@ def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair
 
 
 def read_base_weight(engine: Engine, layer: str) -> Tensor:
-    """Return one frozen weight whole, on the CPU; every rank must take part."""
-    return read_whole(engine.layers[layer].get_base_layer().weight)
+    """Return one frozen weight whole, on the CPU; every rank must take part.
+
+    With planes: the sum of both in float32, in the weight's own orientation.
+    """
+    module = engine.layers[layer]
+    weight = read_whole(module.get_base_layer().weight)
+    if not engine.has_planes:
+        return weight
+    plane = read_whole(module.lora_B[SIDE].weight).float()
+    return weight.float() + (plane.T if module.fan_in_fan_out else plane)
 
 
 def set_side(engine: Engine, source: Source) -> None:
-    """Set the side adapter on this rank; it counts once `set_adapter` is told so."""
+    """Set the side adapter on this rank; it counts once `set_adapter` is told so.
+
+    Args:
+        source: the factors by layer; layers may differ in rank.
+    """
     _release(engine)
     for name, layer in engine.layers.items():
-        write_pair(layer, SIDE, source(name))
+        layer.scaling[SIDE] = 1.0
+        _set_side_pair(engine, layer, source(name), engine.dtype)
+
+
+def set_single(engine: Engine, source: Source, *, scaling: float) -> None:
+    """Let the forward pass see one adapter alone, in the side adapter's place.
+
+    It is float32, as PEFT loads it, so that its scores are those of whoever loads it.
+
+    Args:
+        scaling: what B A is multiplied by.
+    """
+    _release(engine)
+    for name, layer in engine.layers.items():
+        layer.scaling[SIDE] = scaling
+        _set_side_pair(engine, layer, source(name), torch.float32)
+    _activate(engine, [SIDE])
+
+
+def _set_side_pair(engine: Engine, layer: LoraLayer, pair: Pair, dtype: torch.dtype) -> None:
+    missing = -pair.A_RI.shape[0] % (16 if engine.device.type == "cuda" else 1)
+    resize(layer.lora_A[SIDE].weight, pad(pair.A_RI, (0, 0, 0, missing)).to(dtype))
+    resize(layer.lora_B[SIDE].weight, pad(pair.B_OR, (0, missing)).to(dtype))
+
+
+def _add_planes(engine: Engine) -> None:
+    """Give every layer a second matrix, of zeros, in the side adapter's place."""
+    for layer in engine.layers.values():
+        plane_OI = torch.zeros(layer.out_features, layer.in_features, dtype=engine.dtype)
+        resize(lora_model.make_plane(layer), plane_OI)
+
+
+def _activate(engine: Engine, adapters: list[str]) -> None:
+    if adapters != engine.model.active_adapters:  # a walk over all modules costs as a read
+        lora_model.activate(engine.model, adapters, trains=engine.trains)
 
 
 def fold_targets(engine: Engine) -> dict[str, Target]:
-    """Return where each adapted layer's frozen weight lives on this rank."""
+    """Return where each adapted layer's frozen weight, or its second plane, lives on this rank."""
     targets = {}
     for name, layer in engine.layers.items():
         weight, transposed = layer.get_base_layer().weight, bool(layer.fan_in_fan_out)
+        if engine.has_planes:
+            weight, transposed = layer.lora_B[SIDE].weight, False
         if not weight.is_floating_point():  # packed by bitsandbytes
             shape = (layer.out_features, layer.in_features)
             targets[name] = Target(

@@ -8,50 +8,113 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
+from torch.nn.functional import pad
 
 from fedex_scale import distributed
 from fedex_scale.adapters import Adapter, AdapterWriter, write_joined
-from fedex_scale.algebra import LowRank, compress, norm, stack
+from fedex_scale.algebra import LowRank, Pair, compress, norm, stack
 from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.config import Config
-from fedex_scale.engine import Engine, read_base_weight
+from fedex_scale.engine import Engine, Source, is_conv1d, read_base_weight, set_single
 from fedex_scale.errors import UserError
+from fedex_scale.history import History
 from fedex_scale.outputs import building, check_out
 from fedex_scale.phases import phase
+from fedex_scale.server import show
 from fedex_scale.state import RunDir, ServerState
 from fedex_scale.weights import Target, fold
+
+
+class Handed(NamedTuple):
+    """The adapter that a run hands over, as the forward pass sees it.
+
+    Fields:
+        source: the factors by layer, float32, of one rank; what lacks columns has zeros.
+        scaling: what B A is multiplied by.
+        rank: of every layer.
+    """
+
+    source: Source
+    scaling: float
+    rank: int
+
+
+def handed_over(run: RunDir, state: ServerState) -> Handed:
+    """Return the server's adapter after a round, the side adapter's columns beside its own."""
+    adapter = Adapter(run.adapter(state.round))
+    history = History(run, state.round)
+    more = 0
+    if state.has_side and not state.base_changed:
+        more = max(map(history.side_rank, adapter.layers))
+    if not more:
+        return Handed(adapter.pair, adapter.scaling, adapter.rank)
+    rank = adapter.rank + more
+
+    def joined(layer: str) -> Pair:
+        own, side = adapter.pair(layer).float(), history.side(layer)
+        A_RI = torch.cat([own.A_RI, side.A_RI])
+        B_OR = torch.cat([own.B_OR * adapter.scaling, side.B_OR], dim=1)
+        missing = rank - A_RI.shape[0]
+        return Pair(pad(A_RI, (0, 0, 0, missing)), pad(B_OR, (0, missing)))
+
+    return Handed(joined, 1.0, rank)
+
+
+@phase("folding")
+def show_handed_over(engine: Engine, run: RunDir, state: ServerState) -> None:
+    """Let the engine compute as PEFT does with what the run would hand over after this round.
+
+    With planes, which no adapter holds, it computes with both planes.
+    """
+    if engine.has_planes:
+        show(engine, run, state)
+        return
+    adapter = handed_over(run, state)
+    set_single(engine, adapter.source, scaling=adapter.scaling)
 
 
 @phase("writing")
 def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState) -> dict[str, Path]:
     """Write final/adapter, final/exact_adapter and, where a fold changed it, final/base.
 
-    final/adapter belongs on final/base if that exists, and on the untouched base otherwise.
-    final/exact_adapter holds the server's adapter and every round's residual, for the untouched
-    base whatever the fold mode; methods that replace the adapter keep their updates there too. It
-    is left out where a round's residual was too large to be kept.
+    final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
+    base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
+    float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
+    their updates there too. It is left out where the clients were too many to keep their residual.
 
     Returns:
         What was written, by name, to show the user.
     """
-    written = {}
+    written = {"adapter": run.final / "adapter"}
     if distributed.is_main():
-        adapter = Adapter(run.adapter(state.round))
-        side = [Adapter(run.side(state.round))] if state.has_side else []
-        parts = {"adapter": [adapter, *side]}
+        server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
+        if handed.rank == server.rank:
+            shutil.copytree(server.path, written["adapter"])
+        else:
+            base, rank = config.model.path, handed.rank
+            with AdapterWriter(
+                written["adapter"],
+                engine.shapes(),
+                rank=rank,
+                alpha=rank,
+                base=base,
+                fan_in_fan_out=is_conv1d(engine),
+            ) as writer:
+                for layer in server.layers:
+                    writer.write(layer, handed.source(layer))
         if not _rounds_without_factors(run, state.round):
-            parts["exact_adapter"] = [adapter, *_residuals(run, state.round)]
-        conv1d = any(layer.fan_in_fan_out for layer in engine.layers.values())
-        for name, joined in parts.items():
-            path = run.final / name
-            if len(joined) > 1:
-                write_joined(path, joined, base=config.model.path, fan_in_fan_out=conv1d)
-            else:
-                shutil.copytree(adapter.path, path)
-            written[name] = path
+            written["exact_adapter"] = run.final / "exact_adapter"
+            parts = [server, *_residuals(run, state.round)]
+            write_joined(
+                written["exact_adapter"],
+                parts,
+                base=config.model.path,
+                fan_in_fan_out=is_conv1d(engine),
+            )
     if state.base_changed and not config.model.random:
         _write_base(config, engine, run.final / "base")
         written["base"] = run.final / "base"
@@ -61,6 +124,8 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
 
 def _write_base(config: Config, engine: Engine, out: Path) -> None:
     """Copy the base model's files with the changed weights in their place, in the run's dtype.
+
+    Planes become one weight in float32, as bf16 would round the second one away.
 
     Layer by layer: under ZeRO-3 one weight is gathered at a time. Every rank must take part.
     """
@@ -72,7 +137,8 @@ def _write_base(config: Config, engine: Engine, out: Path) -> None:
             f"final/base: {error}; meanwhile final/exact_adapter is for the untouched base"
         ) from None
     with ExitStack() as stack:
-        writer = BaseWriter(base, out, set(names.values()), dtype=engine.dtype)
+        dtype = torch.float32 if engine.has_planes else engine.dtype
+        writer = BaseWriter(base, out, set(names.values()), dtype=dtype)
         stack.callback(writer.close)
         for layer, name in names.items():
             weight = read_base_weight(engine, layer)
@@ -125,8 +191,8 @@ def export_run(
     missing = _rounds_without_factors(run, last)
     if missing:
         raise UserError(
-            f"{directory}: round {missing[0]} kept no factors of its residual, which were larger "
-            "than the weights; use final/base with final/adapter"
+            f"{directory}: round {missing[0]} had too many clients to keep its residual; use "
+            "final/adapter, with final/base if there is one"
         )
     parts = [Adapter(run.adapter(last)), *_residuals(run, last)]
     check_out(out, apart_from=directory if merged else None)

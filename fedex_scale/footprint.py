@@ -75,8 +75,13 @@ def shape_model(
     dtype: torch.dtype,
     trains: frozenset[str],
     side_rank: int,
+    has_planes: bool = False,
 ) -> PeftModel:
-    """Return the adapted model on the meta device.
+    """Return the adapted model on the meta device, as clients train on it in the last round.
+
+    Args:
+        side_rank: columns of the side adapter, 0 for none.
+        has_planes: every layer has a second matrix instead.
 
     Raises:
         UserError: its config cannot be had or read, or describes no model.
@@ -96,7 +101,13 @@ def shape_model(
             f"model: no model can be made of {section.path}'s config: {reason}"
         ) from None
     base.requires_grad_(False)
-    return lora_model.add_adapters(base, lora, trains=trains, side_rank=side_rank)
+    model = lora_model.add_adapters(base, lora, trains=trains, side_rank=max(1, side_rank))
+    if has_planes:
+        for layer in lora_model.lora_layers(model).values():
+            lora_model.make_plane(layer)
+    if side_rank or has_planes:
+        lora_model.activate(model, [CLIENT, SIDE], trains=trains)
+    return model
 
 
 def count_weights(model: PeftModel) -> Weights:

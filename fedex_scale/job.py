@@ -11,18 +11,21 @@ import torch
 
 from fedex_scale.adapters import Adapter
 from fedex_scale.aggregator import (
+    MAX_SIDE_RANK,
     AggregateSection,
     Round,
     base_update_rank,
     check_clients,
-    default_side_rank,
     is_streamed,
 )
-from fedex_scale.algebra import MAX_RANK, normalise_weights
+from fedex_scale.algebra import normalise_weights
 from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.errors import UserError
 from fedex_scale.methods import METHODS, MethodConfig
 from fedex_scale.outputs import check_out
+
+MAX_RANK_OF_MANY = 128
+"""Columns of the side adapter where the clients are too many to be in memory at once."""
 
 
 def prepare(job: Job) -> Plan:
@@ -35,10 +38,8 @@ def prepare(job: Job) -> Plan:
     update_rank = base_update_rank(job.method, len(adapters), rank)
     side_rank = 0
     if job.section.fold == "side" and update_rank:
-        most = default_side_rank(job.method, len(adapters), rank)
-        if not is_streamed(len(adapters), rank):
-            most = min(update_rank, MAX_RANK)
-        side_rank = job.section.side_rank or most
+        most = MAX_RANK_OF_MANY if is_streamed(len(adapters), rank) else MAX_SIDE_RANK
+        side_rank = job.section.side_rank or min(update_rank, most)
     if job.method.assign == "keep" and (
         side_rank < update_rank or is_streamed(len(adapters), rank)
     ):

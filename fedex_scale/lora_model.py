@@ -18,13 +18,13 @@ CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
 
 
 def add_adapters(
-    model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int
+    model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int = 1
 ) -> PeftModel:
-    """Wrap the model with the client adapter and, if `side_rank`, the frozen side adapter.
+    """Wrap the model with the client adapter and the frozen side adapter.
 
     Args:
         trains: which factors train, a subset of {"A", "B"}.
-        side_rank: columns of the side adapter, which holds folded residuals; 0 for none.
+        side_rank: columns of the side adapter to begin with; it grows as residuals come.
 
     Raises:
         UserError: the target modules match nothing, or experts that share a tensor.
@@ -49,11 +49,10 @@ def add_adapters(
         raise _no_match(targets, model) from None
     if isinstance(targets, list):
         _check_every_name_matches(targets, peft_model)
-    if side_rank:
-        side = LoraConfig(
-            r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
-        )
-        peft_model.add_adapter(SIDE, side)
+    side = LoraConfig(
+        r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    peft_model.add_adapter(SIDE, side)
     for name, layer in lora_layers(peft_model).items():
         if isinstance(layer, ParamWrapper):
             raise UserError(
@@ -62,7 +61,7 @@ def add_adapters(
                 "[q_proj, k_proj, v_proj, o_proj]"
             )
         _train_as_the_base(layer, model.dtype)
-    activate(peft_model, trains=trains, side=False)
+    activate(peft_model, [CLIENT], trains=trains)
     compute_loss_in_pieces(model)
     return peft_model
 
@@ -78,6 +77,30 @@ def _train_as_the_base(layer: LoraLayer, dtype: torch.dtype) -> None:
             factor.__class__ = _Factor
             if name == SIDE:
                 factor.to(dtype)
+
+
+def make_plane(layer: LoraLayer) -> nn.Parameter:
+    """Let the side adapter be a second matrix of the weight, still to be given its size.
+
+    Returns:
+        What is to hold it, as (O, I).
+    """
+    old = layer.lora_B[SIDE].weight
+    layer.lora_A[SIDE] = _Same().to(old.device, old.dtype)
+    if old.is_meta:
+        old.data = old.new_empty(layer.out_features, layer.in_features)
+    return old
+
+
+class _Same(nn.Module):
+    """In place of A where B is a whole matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0), persistent=False)  # PEFT asks for its dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
 
 
 class _Factor(nn.Linear):
@@ -105,12 +128,12 @@ def _no_match(targets: list[str] | str, model: PreTrainedModel) -> UserError:
     )
 
 
-def activate(model: PeftModel, *, trains: frozenset[str], side: bool) -> None:
-    """Let the forward pass see the client adapter, and the side adapter or not.
+def activate(model: PeftModel, adapters: list[str], *, trains: frozenset[str]) -> None:
+    """Let the forward pass see these adapters.
 
     PEFT makes active adapters trainable as a whole, so the flags are set anew here.
     """
-    model.base_model.set_adapter([CLIENT, SIDE] if side else [CLIENT])
+    model.base_model.set_adapter(adapters)
     for name, parameter in model.named_parameters():
         factor = "A" if ".lora_A." in name else "B" if ".lora_B." in name else None
         parameter.requires_grad_(f".{CLIENT}." in name and factor in trains)

@@ -23,6 +23,25 @@ def write_pair(layer: LoraLayer, adapter: str, pair: Pair) -> None:
     _write(layer.lora_B[adapter].weight, pair.B_OR)
 
 
+def resize(parameter: nn.Parameter, value: Tensor) -> None:
+    """Let a frozen parameter be another matrix, of any shape and dtype; the same on every rank."""
+    value = value.detach()
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.data = value.to(parameter.device, copy=True)
+        return
+    if tuple(parameter.ds_shape) == tuple(value.shape) and parameter.ds_tensor.dtype == value.dtype:
+        _write(parameter, value)
+        return
+    if parameter.ds_tensor.final_location == "nvme":
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+    device = parameter.data.device
+    parameter.data = value.to(device, copy=True)
+    parameter.ds_shape, parameter.ds_numel = value.shape, value.numel()
+    parameter.ds_status = type(parameter.ds_status).AVAILABLE
+    parameter.ds_tensor = None
+    parameter.partition()
+
+
 def _is_plain(parameter: nn.Parameter) -> bool:
     """Return whether a parameter is all that there is of it, in ordinary memory of its own."""
     managed = hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fedex_scale.aggregator import base_update_rank
+from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.config import Config
 from fedex_scale.errors import UserError
 from fedex_scale.footprint import Weights, Work
@@ -106,6 +106,7 @@ def estimate(
         *_weights(config, zero, machine, weights, work, dtype),
         *_training(config, settings, zero, machine, weights, dtype),
         *_activations(work),
+        *_scoring(config, zero, machine, weights, work, dtype, clients),
         *_files(config, weights, dtype, clients),
         Need(name="processes", gpu=GPU_BYTES, host=machine.gpus * PROCESS_BYTES),
     ]
@@ -169,7 +170,7 @@ def _weights(
             count = zero["offload_param"].get("buffer_count", 5)
             buffers = count * weights.largest * dtype.itemsize
             needs.append(Need(name="NVMe buffers", host=buffers))
-    if config.aggregate.fold == "carry" and dtype != torch.float32:
+    if config.aggregate.fold in ("carry", "planes") and dtype != torch.float32:
         folded = 4 * sum(o * i for o, i in weights.shapes.values())
         # The carry lies where the fold computes: on the device.
         needs.append(Need(name="carry plane", gpu=folded / (ranks if sharded else 1)))
@@ -254,20 +255,48 @@ def _backward_bytes(work: Work) -> float:
     return max(0, work.peak_bytes - work.kept_bytes - work.logits_bytes)
 
 
+def _scoring(
+    config: Config,
+    zero: Mapping[str, Any],
+    machine: Machine,
+    weights: Weights,
+    work: Work | None,
+    dtype: torch.dtype,
+    clients: int,
+) -> list[Need]:
+    """Return what the adapter that is scored, float32, takes beyond the activations of training.
+
+    It has the server's columns and all of the side adapter's.
+    """
+    if not config.evaluation.tasks or config.aggregate.fold == "planes":
+        return []
+    rank, rounds = config.lora.rank, config.federation.rounds
+    rank += side_rank_of(config.method, config.aggregate, clients, rank, rounds)
+    columns = sum(o + i for o, i in weights.shapes.values())
+    more = 4 * rank * columns - dtype.itemsize * weights.side
+    more /= machine.gpus if zero.get("stage", 0) == 3 else 1
+    return [
+        Need(name="adapter that is scored", gpu=max(0, more - (work.peak_bytes if work else 0)))
+    ]
+
+
 def _files(config: Config, weights: Weights, dtype: torch.dtype, clients: int) -> list[Need]:
     """Return what a run writes; the model's own files are read and not counted."""
     rounds, adapter = config.federation.rounds, 4 * weights.client
     columns = sum(o + i for o, i in weights.shapes.values())
     update = base_update_rank(config.method, clients, config.lora.rank)
-    server = adapter + 4 * (update * columns + weights.side)
+    fold = config.aggregate.fold
+    side = update * columns if fold == "side" else 0
+    server = adapter + 4 * update * columns + dtype.itemsize * side
     exact = adapter + 4 * rounds * update * columns
-    base = weights.base * dtype.itemsize if config.aggregate.fold != "side" and update else 0
+    base = weights.base * (4 if fold == "planes" else dtype.itemsize)
+    base = base if fold != "side" and update else 0
     # A checkpoint names files that are there, but for a client in the middle of its training.
     return [
         Need(name="client adapters", disk=rounds * clients * adapter),
         Need(name="server's adapters and residuals", disk=rounds * server),
         Need(name="checkpoints", disk=config.run.keep * 12 * weights.trained),
-        Need(name="final files", disk=adapter + 4 * weights.side + exact + base),
+        Need(name="final files", disk=adapter + 2 * exact + base),
     ]
 
 

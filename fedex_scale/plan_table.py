@@ -27,6 +27,8 @@ def show(plan: Plan) -> Iterator[RenderableType]:
     yield _components(plan)
     yield _settings(plan)
     yield from _times(plan)
+    if plan.side:
+        yield plan.side
     sent, received = (plan.traffic.round_bytes(x) for x in (plan.traffic.up, plan.traffic.down))
     yield (
         f"a client would send {_size(sent)} and receive {_size(received)} a round; "

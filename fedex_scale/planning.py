@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import add, mul
 from pathlib import Path
 
 import torch
 
 from fedex_scale import distributed, footprint, models
-from fedex_scale.aggregator import side_rank_of
+from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.client import num_steps
 from fedex_scale.communication import Traffic, traffic
 from fedex_scale.config import Config
@@ -39,6 +40,7 @@ class Plan:
             fits, or nothing helps.
         steps: of a client in a round; None where the number of rows is not known.
         clients: of a round.
+        side: what the side adapter costs over the rounds.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Plan:
     remedy: str | None
     steps: int | None
     clients: int
+    side: str | None
     traffic: Traffic
 
 
@@ -82,6 +85,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         remedy=remedy,
         steps=_steps(config, sizes.one_client),
         clients=sizes.clients,
+        side=sizes.side.note(sizes.weights.shapes),
         traffic=traffic(
             sizes.weights.shapes,
             rank=config.lora.rank,
@@ -115,6 +119,78 @@ def warning(config: Config) -> str | None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Columns of the side adapter.
+
+    Fields:
+        each: of a round's residual; 0 where the method has none.
+        most: that it may come to have; 0 without one.
+        rounds: of the run.
+    """
+
+    each: int
+    most: int
+    rounds: int
+
+    @classmethod
+    def of(cls, config: Config, clients: int) -> Side:
+        setting = (clients, config.lora.rank)
+        return cls(
+            each=base_update_rank(config.method, *setting),
+            most=side_rank_of(config.method, config.aggregate, *setting, config.federation.rounds),
+            rounds=config.federation.rounds,
+        )
+
+    @property
+    def trained(self) -> int:
+        """Columns that the last round's clients train with."""
+        return min(self.most, self.each * (self.rounds - 1))
+
+    def note(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+        """Return what the rounds cost in columns, and what a cap keeps out; None without a side."""
+        if not self.most or self.rounds == 1:
+            return None
+        columns, weights = (sum(f(*x) for x in shapes.values()) for f in (add, mul))
+        line = (
+            f"the side adapter grows to {self.trained} columns in the last round's training, "
+            f"{self.trained * columns / weights:.0%} more work in the adapted layers"
+        )
+        held = self.most // self.each
+        if held < self.rounds:
+            line += (
+                f"; its {self.most} columns hold {held} of {self.rounds} rounds whole, and later "
+                "ones lose a part in the forward pass, which the server keeps; "
+                f"aggregate.side_rank={self.each * self.rounds} holds all"
+            )
+        return (
+            f"{line}; aggregate.fold=planes does as much work from round "
+            f"{weights // (self.each * columns) + 2} on"
+        )
+
+
+def side_rank_that_fits(config: Config) -> int | None:
+    """Return the largest aggregate.side_rank, of the default one halved again and again, for which
+    this machine has room, activations left aside; None where the setting is to stay.
+
+    So where it is given or not asked for, where there are several machines, or nothing fits.
+    """
+    machine = this_machine()
+    if config.aggregate.side_rank or machine.gpus != distributed.world_size():
+        return None
+    try:
+        sizes = _Sizes(config, machine)
+    except UserError:
+        return None
+    most = sizes.side.most
+    while most >= sizes.side.each > 0:
+        trial = replace(config, aggregate=replace(config.aggregate, side_rank=most))
+        if _Sizes(trial, machine).estimate(trial, with_work=False).fits:
+            return most if most < sizes.side.most else None
+        most //= 2
+    return None
+
+
 class _Sizes:
     """A config's shapes, counted once, and a micro-batch's work, counted once a setting."""
 
@@ -127,9 +203,14 @@ class _Sizes:
         self.one_client = method.one_client
         number = 1 if method.one_client else config.partition.num_clients
         self.clients = len(choose_clients(config.federation, number, 0, 1))
-        side_rank = side_rank_of(config.method, config.aggregate, self.clients, config.lora.rank)
+        self.side = Side.of(config, self.clients)
         self._model = footprint.shape_model(
-            config.model, config.lora, dtype=self.dtype, trains=method.trains, side_rank=side_rank
+            config.model,
+            config.lora,
+            dtype=self.dtype,
+            trains=method.trains,
+            side_rank=self.side.trained,
+            has_planes=config.aggregate.fold == "planes" and self.side.each > 0,
         )
         self.weights = footprint.count_weights(self._model)
         self._works: dict[tuple, Work] = {}

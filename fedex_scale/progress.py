@@ -47,6 +47,7 @@ class Monitor:
         self._task = self._progress.add_task("starting", total=total_steps, state="")
         self._progress.update(self._task, completed=self._done)
         self._scores: dict[str, list[float]] = {}
+        self._cap_told = False
         for fields in self._before:
             if fields["event"] == "eval":
                 self._add_scores(fields)
@@ -126,10 +127,14 @@ class Monitor:
         if fields["residual_norm"]:
             share = fields["residual_norm"] / fields["ideal_norm"]
             line += f": residual {share:.2%} of the update, kept {fields['kept']:.4%} of it"
+            if fields["round"] > 1 and fields.get("kept_of_all") is not None:
+                line += f", {fields['kept_of_all']:.4%} of all rounds'"
         else:
             line += ": nothing to add to the base"
         self.say(line)
-        for warning in filter(None, (fields["warning"], *fields["notes"])):
+        cap = None if self._cap_told else fields.get("cap")
+        self._cap_told |= cap is not None
+        for warning in filter(None, (fields["warning"], cap, *fields["notes"])):
             self.say(f"warning: {warning}")
 
     def _eval(self, fields: dict[str, Any]) -> None:

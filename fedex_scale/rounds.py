@@ -8,7 +8,7 @@
         W0  += s (sum_k w_k B_k A_k - B A)                         (eq. 14: the residual)
 
 A method (methods/) says what A, B and the addition to W0 are; the aggregator streams the layers.
-With fold: side, W0 stays as it is and a second frozen adapter holds the sum.
+With fold: side, W0 stays as it is, and a second frozen adapter grows by each round's residual.
 Source: Singhal et al., arXiv:2410.09432.
 """
 
@@ -37,7 +37,7 @@ def run_rounds(
     saver: Saver,
     *,
     pad_id: int,
-    evaluate: Callable[[int], None],
+    evaluate: Callable[[ServerState], None],
     log: Callable[..., None],
 ) -> ServerState:
     """Run every round that is not done yet, and return the server's last state.
@@ -46,7 +46,7 @@ def run_rounds(
         clients: each client's examples.
         saver: saves the run's place, and knows where an interrupted run goes on.
         pad_id: the token that fills up a batch.
-        evaluate: called with the round when the engine holds the server's model.
+        evaluate: called with the server's state before the first round, and after each.
         log: called with an event's name (step, client, failure, round) and its fields.
 
     Raises:
@@ -58,9 +58,9 @@ def run_rounds(
         saver.save(Place())
     state = saver.place.state
     server.refold(config, engine, targets, run, state)
-    server.show(engine, run, state)
-    evaluate(state.round)
+    evaluate(state)
     for round in range(state.round + 1, config.federation.rounds + 1):
+        server.show(engine, run, state)
         start_of = server.starts(config, engine, run, round)
         for client in choose_clients(config.federation, len(clients), config.run.seed, round):
             if client not in saver.place.done + saver.place.skipped:
@@ -73,10 +73,9 @@ def run_rounds(
         state, report = server.aggregate_round(
             config, engine, targets, done, weights, run, state, skipped=skipped
         )
-        server.show(engine, run, state)
         log("round", round=round, **report.summary(config.aggregate))
         saver.save(Place(state=state))
-        evaluate(round)
+        evaluate(state)
     return state
 
 

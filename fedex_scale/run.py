@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale import card, distributed, evaluation, faults, models, phases, planning, record
-from fedex_scale.aggregator import side_rank_of
+from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
 from fedex_scale.config import Config, load_config, to_dict
@@ -27,14 +27,14 @@ from fedex_scale.data.sources import load_rows, schema_of
 from fedex_scale.ds_config import zero_stage
 from fedex_scale.engine import Engine, build_engine
 from fedex_scale.errors import UserError
-from fedex_scale.export import write_final
+from fedex_scale.export import show_handed_over, write_final
 from fedex_scale.faults import disk_errors
 from fedex_scale.methods import METHODS
 from fedex_scale.phases import phase, profiling
 from fedex_scale.progress import Monitor, open_trackers
 from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.saves import Found, Saver, find
-from fedex_scale.state import RunDir, derive_seed
+from fedex_scale.state import RunDir, ServerState, derive_seed
 
 
 def run_config(path: str | Path, overrides: Sequence[str]) -> None:
@@ -67,6 +67,7 @@ def _run_or_resume(config: Config) -> None:
             distributed.together(lambda: models.check_packing(config.model))
         tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
         clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+        config = with_side_rank(config, found)
         warning = distributed.on_main(lambda: planning.warning(config))
         if warning:
             _tell(warning)
@@ -75,6 +76,19 @@ def _run_or_resume(config: Config) -> None:
     for note in found.notes:
         _tell(note)
     _run(config, engine, tokenizer, clients, run, found.checkpoint)
+
+
+def with_side_rank(config: Config, found: Found) -> Config:
+    """Return the config with the side adapter's columns that a run was begun with, or may have."""
+    if config.aggregate.side_rank is not None:
+        return config
+    if found.checkpoint is not None:
+        rank = found.checkpoint.config["aggregate"]["side_rank"]
+    else:
+        rank = distributed.on_main(lambda: planning.side_rank_that_fits(config))
+        if rank:
+            _tell(f"side adapter: room for {rank} columns here (aggregate.side_rank)")
+    return replace(config, aggregate=replace(config.aggregate, side_rank=rank))
 
 
 def check_evaluation(config: Config) -> None:
@@ -105,13 +119,17 @@ def engine_for(config: Config, num_clients: int) -> Engine:
     train = config.train
     per_forward = train.micro_batch_size * distributed.world_size()
     chosen = len(choose_clients(config.federation, num_clients, config.run.seed, 1))
-    side_rank = side_rank_of(config.method, config.aggregate, chosen, config.lora.rank)
+    side_rank = side_rank_of(
+        config.method, config.aggregate, chosen, config.lora.rank, config.federation.rounds
+    )
+    adds = base_update_rank(config.method, chosen, config.lora.rank) > 0
     return build_engine(
         config.model,
         config.lora,
         config.engine,
         trains=METHODS[config.method.name].trains,
         side_rank=side_rank,
+        has_planes=adds and config.aggregate.fold == "planes",
         optimizer=train.optimizer,
         micro_batch_size=train.micro_batch_size,
         accumulation=max(1, -(-train.batch_size // per_forward)),
@@ -215,9 +233,11 @@ def _run(
             with phase("writing"):
                 distributed.on_main(lambda: record.write(run, known))
 
-        def evaluate(round: int) -> None:
+        def evaluate(state: ServerState) -> None:
+            round = state.round
             if config.evaluation.due(round, rounds) and not saver.place.evaluated:
                 began = time.perf_counter()
+                show_handed_over(engine, run, state)
                 with phase("evaluating"):
                     results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
                     evaluation.write_results(results, run.evaluation(round))

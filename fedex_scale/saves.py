@@ -65,7 +65,10 @@ def find(config: Config, run: RunDir) -> Found:
             f"{problems[0] if problems else run.path}: no checkpoint to go on from; choose another "
             "run.name, or run.overwrite=true to start anew"
         )
-    changed = differences(found.config, to_dict(config)) - FREE
+    own = to_dict(config)
+    if own["aggregate"]["side_rank"] is None:  # what the machine that began it had room for
+        own["aggregate"]["side_rank"] = found.config["aggregate"]["side_rank"]
+    changed = differences(found.config, own) - FREE
     if changed - ROUNDING:
         raise UserError(
             f"resume: {run.path} was run with other settings: {', '.join(sorted(changed))}; set "

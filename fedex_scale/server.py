@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -13,27 +12,28 @@ from pathlib import Path
 import torch
 
 from fedex_scale import deviation, distributed
-from fedex_scale.adapters import Adapter, AdapterWriter
+from fedex_scale.adapters import Adapter, AdapterWriter, PartWriter
 from fedex_scale.aggregator import (
     AggregateReport,
     Round,
     Sinks,
     aggregate,
     base_update_rank,
-    is_worth_keeping,
+    is_streamed,
+    update_of,
 )
-from fedex_scale.algebra import Pair
+from fedex_scale.algebra import LowRank, Pair
 from fedex_scale.client import open_adapter
 from fedex_scale.config import Config
 from fedex_scale.deviation import Deviation
 from fedex_scale.engine import Engine, Source, set_adapter, set_side
+from fedex_scale.history import REPORT_FILE, History
 from fedex_scale.methods import fresh_pair
 from fedex_scale.phases import phase
 from fedex_scale.screening import screen
 from fedex_scale.state import RunDir, ServerState, derive_seed
 from fedex_scale.weights import Target
 
-REPORT_FILE = "aggregate.json"
 DEVIATION_FILE = "deviation.json"
 
 
@@ -92,16 +92,15 @@ def refold(
         return
     past = ServerState()
     while past.round < state.round:
-        taken = json.loads((run.server(past.round + 1) / REPORT_FILE).read_text())
-        clients, weights = taken["clients"], taken["weights"]
-        past, _ = aggregate_round(config, engine, targets, clients, weights, run, past, write=False)
+        taken = _taken(run, past.round + 1)
+        past, _ = aggregate_round(config, engine, targets, *taken, run, past, write=False)
 
 
 @phase("folding")
 def show(engine: Engine, run: RunDir, state: ServerState) -> None:
-    """Let the engine hold the server's model: its adapter, and the side adapter if there is one."""
-    if state.has_side:
-        set_side(engine, Adapter(run.side(state.round)).pair)
+    """Let the engine hold what clients train on: the server's adapter, and the side adapter."""
+    if state.has_side and not engine.has_planes:
+        set_side(engine, History(run, state.round).side)
     set_adapter(engine, Adapter(run.adapter(state.round)).pair, side=state.has_side)
 
 
@@ -131,23 +130,18 @@ def aggregate_round(
         The new state, and what was done. The factors are in the run directory.
     """
     number = state.round + 1
-    task = Round(
-        clients=[Adapter(run.client(number, client)) for client in clients],
-        weights=weights,
-        previous=Adapter(run.adapter(state.round)),
-        rank=config.lora.rank,
-        scaling=config.lora.scaling,
-        side=Adapter(run.side(state.round)) if state.has_side else None,
-    )
+    task = _task(config, run, number, clients, weights)
     task, stay, norms = screen(task, config.aggregate)
-    update_rank = base_update_rank(config.method, len(stay), config.lora.rank)
-    side_rank = engine.side_rank if update_rank else 0
-    task = replace(task, side_rank=side_rank)
+    task = replace(
+        task,
+        side_rank=engine.side_rank,
+        past=History(run, state.round, partial(_residual_again, config, run)).past,
+    )
     deviations: dict[str, Deviation | None] = {}
     with ExitStack() as stack:
         sinks = Sinks()
         if write and distributed.is_main():
-            sinks = _open_sinks(config, engine, run.server(number), update_rank, side_rank, stack)
+            sinks = _open_sinks(config, engine, run.server(number), len(stay), stack)
             sinks = replace(sinks, deviation=deviations.__setitem__)
         report = aggregate(
             task,
@@ -155,13 +149,11 @@ def aggregate_round(
             config.aggregate,
             targets,
             sinks,
-            seed=lambda layer: derive_seed(config.run.seed, "fresh", number, layer),
+            seed=partial(_fresh_seed, config, number),
             side_dtype=engine.dtype,
         )
-    keeps_side = state.has_side and not side_rank
+    report.cap = _cap_note(config, engine, report, len(stay))
     if write and distributed.is_main():
-        if keeps_side:
-            shutil.copytree(run.side(state.round), run.side(number))
         taken = {
             "clients": [clients[k] for k in stay],
             "weights": list(task.weights),
@@ -175,25 +167,73 @@ def aggregate_round(
         (run.server(number) / DEVIATION_FILE).write_text(text)
     distributed.barrier()
     changed = state.base_changed or report.base_changed
-    has_side = side_rank > 0 or keeps_side
-    return ServerState(round=number, has_side=has_side, base_changed=changed), report
+    sees = changed if engine.has_planes else engine.side_rank > 0
+    return ServerState(round=number, has_side=sees, base_changed=changed), report
+
+
+def _cap_note(
+    config: Config, engine: Engine, report: AggregateReport, num_clients: int
+) -> str | None:
+    """Return a line on what a full side adapter costs, and what more room would."""
+    if not any(layer.side_capped for layer in report.layers):
+        return None
+    rounds = config.federation.rounds
+    needed = rounds * base_update_rank(config.method, num_clients, config.lora.rank)
+    shapes = engine.shapes().values()
+    column, weights = sum(o + i for o, i in shapes), sum(o * i for o, i in shapes)
+    more = max(0, needed - engine.side_rank)
+    return (
+        f"the side adapter is full at {engine.side_rank} columns: {1 - report.kept_of_all:.2%} of "
+        "all rounds' residuals is not seen in the forward pass, and kept by the server; "
+        f"aggregate.side_rank={needed} holds {rounds} rounds, for {more * column / weights:.0%} of "
+        f"the adapted layers' work and {more * column * engine.dtype.itemsize / 1e6:,.0f} MB more; "
+        f"aggregate.fold=planes holds any number, for 100% and "
+        f"{weights * engine.dtype.itemsize / 1e6:,.0f} MB"
+    )
+
+
+def _task(
+    config: Config, run: RunDir, number: int, clients: Sequence[int], weights: Sequence[float]
+) -> Round:
+    return Round(
+        clients=[Adapter(run.client(number, client)) for client in clients],
+        weights=weights,
+        previous=Adapter(run.adapter(number - 1)),
+        rank=config.lora.rank,
+        scaling=config.lora.scaling,
+    )
+
+
+def _taken(run: RunDir, number: int) -> tuple[list[int], list[float]]:
+    """Return the clients of a round that is done, and their weights."""
+    tree = json.loads((run.server(number) / REPORT_FILE).read_text())
+    return tree["clients"], tree["weights"]
+
+
+def _fresh_seed(config: Config, number: int, layer: str) -> int:
+    return derive_seed(config.run.seed, "fresh", number, layer)
+
+
+def _residual_again(config: Config, run: RunDir, number: int, layer: str) -> Iterable[LowRank]:
+    """Return what a round that is done added to the base, from its clients' adapters."""
+    task, *_ = screen(_task(config, run, number, *_taken(run, number)), config.aggregate)
+    seed = _fresh_seed(config, number, layer)
+    return update_of(task, config.method, layer, torch.device("cpu"), seed)[0].base_update
 
 
 def _open_sinks(
-    config: Config, engine: Engine, path: Path, update_rank: int, side_rank: int, stack: ExitStack
+    config: Config, engine: Engine, path: Path, num_clients: int, stack: ExitStack
 ) -> Sinks:
     """Open the PEFT directories that a round's results are written to."""
-    base, shapes = config.model.path, engine.shapes()
-
-    def unscaled(name: str, rank: int) -> AdapterWriter:
-        writer = AdapterWriter(path / name, shapes, rank=rank, alpha=rank, base=base)
-        return stack.enter_context(writer)
-
+    base, shapes, rank = config.model.path, engine.shapes(), config.lora.rank
     adapter = stack.enter_context(open_adapter(engine, path / "adapter", config.lora, base))
     sinks = Sinks(adapter=adapter.write)
-    if update_rank and is_worth_keeping(update_rank, shapes.values()):
-        sinks = replace(sinks, residual=unscaled("residual", update_rank).write_sum)
-    if side_rank:
-        side = unscaled("side", side_rank)
-        sinks = replace(sinks, side=lambda layer, kept: side.write_sum(layer, [kept]))
+    columns = base_update_rank(config.method, num_clients, rank)
+    if columns and not is_streamed(num_clients, rank):
+        residual = AdapterWriter(path / "residual", shapes, rank=columns, alpha=columns, base=base)
+        sinks = replace(sinks, residual=stack.enter_context(residual).write_sum)
+    if engine.side_rank:
+        most = max(columns, engine.side_rank)
+        side = PartWriter(path / "side", shapes, max_rank=most, dtype=engine.dtype, base=base)
+        sinks = replace(sinks, side=stack.enter_context(side).write)
     return sinks

@@ -14,8 +14,9 @@ class ServerState:
 
     Fields:
         round: rounds done; 0 before the first.
-        has_side: the side adapter holds something and takes part in the forward pass.
-        base_changed: folds have changed the base weights, so that the run must save them.
+        has_side: the side adapter, or the second plane, takes part in the forward pass.
+        base_changed: folds have changed the base weights or their planes, so that the run must hand
+            over a base, and fold anew when it is resumed.
     """
 
     round: int = 0
@@ -96,7 +97,7 @@ class RunDir:
         return self.path / "clients" / f"round-{round:04d}" / f"client-{client:04d}"
 
     def server(self, round: int) -> Path:
-        """What the server holds after a round: adapter/, residual/, side/, aggregate.json."""
+        """What a round made: adapter/, residual/, side/ (its new columns), aggregate.json."""
         return self.path / "server" / f"round-{round:04d}"
 
     def adapter(self, round: int) -> Path:

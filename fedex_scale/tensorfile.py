@@ -38,6 +38,7 @@ DTYPES = {
 }
 BLOCK_BYTES = 2**23
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FORMAT = {"format": "pt"}  # as PyTorch's own
 _MAX_HEADER_BYTES = 2**24  # of some 100,000 tensors
 
 
@@ -116,22 +117,11 @@ class SafetensorsWriter:
         specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-        self._specs, self._offsets, end = dict(specs), {}, 0
-        for name, (dtype, shape) in specs.items():
-            size = dtype.itemsize * math.prod(shape)
-            self._offsets[name] = end
-            header[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [end, end + size],
-            }
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        metadata = _FORMAT if metadata is None else metadata
+        header, self._offsets, end = _header(specs, metadata)
+        self._specs = dict(specs)
         self._file = path.open("wb", buffering=0)
-        _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text))
+        _write_all(self._file, memoryview(header))
         self._start = self._file.tell()
         self._file.truncate(self._start + end)
         self._missing = set(specs)
@@ -169,6 +159,64 @@ class SafetensorsWriter:
     def __exit__(self, error: object, *_: object) -> None:
         self._file.close()
         assert error or not self._missing, f"never written: {sorted(self._missing)[:3]}"
+
+
+class TrimmedWriter:
+    """Writes tensors that may turn out smaller than announced, one after another.
+
+    Room for the header is kept at the beginning; it is written when all tensors are there.
+
+    Args:
+        largest: dtype and the most that a tensor's shape can be, by name.
+    """
+
+    def __init__(self, path: Path, largest: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        self._specs, self._room = dict(largest), len(_header(largest, _FORMAT)[0])
+        self._written: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._file = path.open("wb", buffering=0)
+        self._file.seek(self._room)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        dtype, most = self._specs[name]
+        shape = tuple(tensor.shape)
+        assert all(size <= bound for size, bound in zip(shape, most, strict=True)), (name, shape)
+        self._written[name] = (dtype, shape)
+        _write_all(self._file, _bytes(tensor, dtype))
+
+    def __enter__(self) -> TrimmedWriter:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if not error:
+            assert self._written.keys() == self._specs.keys(), "a tensor was never written"
+            self._file.seek(0)
+            header = _header(self._written, _FORMAT, room=self._room)[0]
+            assert len(header) == self._room, "written in another order than announced"
+            _write_all(self._file, memoryview(header))
+        self._file.close()
+
+
+def _header(
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None,
+    *,
+    room: int = 0,
+) -> tuple[bytes, dict[str, int], int]:
+    """Return a file's beginning, filled up to `room`, tensors' offsets after it, and their end."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offsets, end = {}, 0
+    for name, (dtype, shape) in specs.items():
+        size = dtype.itemsize * math.prod(shape)
+        offsets[name] = end
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * max(-len(text) % 8, room - 8 - len(text))
+    return struct.pack("<Q", len(text)) + text, offsets, end
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

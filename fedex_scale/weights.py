@@ -74,10 +74,13 @@ class FoldStats:
     """Squared norms: what was to be added, and what was missed, of the elements stored here.
 
     Where the pieces are few, `intended` is the whole matrix's, times the share that is stored.
+    `unseen` is what of all folds so far the stored matrix lacks, if a carry was kept (`carried`).
     """
 
     intended: float = 0.0
     missed: float = 0.0
+    unseen: float = 0.0
+    carried: bool = False
 
 
 @torch.no_grad()
@@ -142,21 +145,22 @@ def _fold_beside(
     memory = flat.new_empty(height * width, dtype=torch.float32)
     at_once = min(height * width, max(width, _side(target) ** 2))
     scratch = flat.new_empty(2, at_once, dtype=torch.float32)
-    sums = torch.zeros(2, dtype=torch.float64, device=flat.device)
+    sums = torch.zeros(3 if carry else 2, dtype=torch.float64, device=flat.device)
     for block, parts in _blocks(target, height, width):
         sum_PQ = memory[: block.numel].view(block.shape)
         _add_product(pieces, block, target.transposed, sum_PQ, beta=0)
         for place, common in (piece for part in parts for piece in _cut(*part, at_once)):
             delta = sum_PQ[_within(common, block)]
+            kept_out = _view(target.carry, place)[_within(common, place)] if carry else None
             error = _add(
                 _view(flat, place)[_within(common, place)],
                 delta,
-                _view(target.carry, place)[_within(common, place)] if carry else None,
+                kept_out,
                 scratch[:, : delta.numel()].view(2, *delta.shape),
             )
-            sums += torch.stack([_square(delta), _square(error)])
-    intended, missed = sums.tolist()
-    return FoldStats(stats.intended or intended, missed)
+            sums += torch.stack([_square(x) for x in (delta, error, kept_out) if x is not None])
+    intended, missed, *unseen = sums.tolist()
+    return FoldStats(stats.intended or intended, missed, sum(unseen), bool(unseen))
 
 
 def _side(target: Target) -> int:

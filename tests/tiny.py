@@ -54,7 +54,14 @@ SENTENCES = [
 
 
 def make_llama(
-    directory: Path, *, width: int = 48, inner: int = 112, shard_size: str = "150KB"
+    directory: Path,
+    *,
+    width: int = 48,
+    inner: int = 112,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    shard_size: str = "150KB",
 ) -> Path:
     """Write a 2-layer Llama, in several safetensors files with an index, and its tokenizer."""
     config = LlamaConfig(
@@ -62,9 +69,9 @@ def make_llama(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.1,
         tie_word_embeddings=False,

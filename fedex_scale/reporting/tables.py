@@ -60,7 +60,8 @@ def tiles(run: Record) -> list[tuple[str, str]]:
             label = "of the last round's change is what averaging the factors loses"
             shown.append((percent(total["relative"]), label))
         if last["residual_norm"]:
-            shown.append((percent(last["kept"]), "of the residual kept in the forward pass"))
+            of_all = last.get("kept_of_all") or last["kept"]
+            shown.append((percent(of_all), "of all rounds' residuals are in the forward pass"))
     if run["communication"]:
         own = run["communication"][0]
         shown.append((size(own["up_bytes"]), "sent by a client in a round"))
@@ -160,9 +161,11 @@ def kept(records: Sequence[Record]) -> list[Table]:
             share = percent(added / round["ideal_norm"]) if round["ideal_norm"] else "-"
             largest = round["largest_layer"]
             where = f"{projection(largest)} of layer {depth(largest)}"
-            values = [f"{round['kept']:.4%}", where] if added else ["-", "-"]
+            of_all = round.get("kept_of_all")
+            together = "-" if of_all is None else f"{of_all:.4%}"
+            values = [f"{round['kept']:.4%}", together, where] if added else ["-", together, "-"]
             rows.append([*name, str(round["round"]), share if added else "nothing", *values])
-    head = ["round", "added, of the update", "kept", "largest part"]
+    head = ["round", "added, of the update", "kept", "of all rounds together", "largest part"]
     return [table([*["run"] * (len(records) > 1), *head], rows)] if rows else []
 
 

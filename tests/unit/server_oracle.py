@@ -18,9 +18,9 @@ from fedex_scale.aggregator import (
     Round,
     Sinks,
     aggregate,
-    default_side_rank,
+    base_update_rank,
 )
-from fedex_scale.algebra import LowRank, Pair
+from fedex_scale.algebra import LowRank, Pair, stack
 from fedex_scale.methods import MethodConfig
 from fedex_scale.weights import Target
 
@@ -51,28 +51,21 @@ def run_round(
     method = MethodConfig(name=method) if isinstance(method, str) else method
     section = AggregateSection(fold=fold, side_rank=side_rank)
     if side_rank is None:
-        side_rank = default_side_rank(method, len(clients), RANK)
+        side_rank = base_update_rank(method, len(clients), RANK)
     with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
         before = save_adapter(Path(scratch) / "previous", previous, alpha=SCALING * RANK)
-        side = None
-        if server.sides:
-            sides = {layer: Pair(V, U) for layer, (U, V) in server.sides.items()}
-            rank = next(iter(sides.values())).A_RI.shape[0]
-            side = Adapter(save_adapter(Path(scratch) / "side", sides, alpha=rank))
         task = Round(
             clients=[Adapter(path) for path in clients],
             weights=weights,
             previous=Adapter(before),
             rank=RANK,
             scaling=SCALING,
-            side=side,
             side_rank=side_rank,
         )
-        server.sides = {}
         sinks = Sinks(
             adapter=server.pairs.__setitem__,
             residual=lambda layer, pieces: server.residuals.update({layer: list(pieces)}),
-            side=server.sides.__setitem__,
+            side=server.see,
         )
         return aggregate(task, method, section, server.targets, sinks, seed=hash_of)
 
@@ -139,6 +132,10 @@ class Server:
         if with_carry and carry is not None:
             W = W + carry.view_as(W)
         return W.T if self.transposed else W
+
+    def see(self, layer: str, part: LowRank) -> None:
+        old = [self.sides[layer]] if layer in self.sides else []
+        self.sides[layer] = stack(*old, part)
 
     def applied(self, layer: str) -> torch.Tensor:
         """Return what the model multiplies with, as (O, I), float64."""

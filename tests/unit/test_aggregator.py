@@ -32,7 +32,7 @@ from server_oracle import (
 from tiny import random_pairs, save_adapter
 
 from fedex_scale.adapters import Adapter
-from fedex_scale.aggregator import AggregateSection, base_update_rank, default_side_rank
+from fedex_scale.aggregator import AggregateSection, base_update_rank, side_rank_of
 from fedex_scale.algebra import Pair, normalise_weights
 from fedex_scale.methods import MethodConfig
 
@@ -174,18 +174,18 @@ def test_any_clients(weights, ranks, alphas, method, fold, side_rank, dtype, tra
 def test_what_overflows_the_side_adapter_goes_into_the_base(
     tmp_path: Path, previous, side_rank: int, dtype, transposed: bool
 ) -> None:
-    """Three rounds; the side adapter stays small, and the sum of all rounds stays exact."""
+    """Three rounds, each with nothing known of those before; their sum stays exact."""
     server = Server(dtype, transposed)
     initial = {layer: server.base(layer).clone() for layer in SHAPES}
     residuals = dict.fromkeys(SHAPES, 0)
-    for _ in range(3):
+    for number in range(3):
         clients, updates = make_clients(tmp_path, previous)
         report = run_round(
             server, tmp_path, clients, previous=previous, side_rank=side_rank, fold="side"
         )
         assert report.base_changed
         for layer in SHAPES:
-            assert server.sides[layer].V_PI.shape[0] == side_rank
+            assert server.sides[layer].V_PI.shape[0] == (number + 1) * side_rank
             residual = mean(updates[layer]) - product(server.pairs[layer], SCALING)
             residuals[layer] = residuals[layer] + residual
             total = residuals[layer] + product(server.pairs[layer], SCALING)
@@ -260,9 +260,15 @@ def test_rank_of_the_base_update(tmp_path: Path, previous, method: dict, rank: i
     assert got == ({rank} if rank else set())
 
 
-def test_default_side_rank_is_one_rounds_residual_at_most_128() -> None:
+def test_the_side_adapter_of_a_run_may_hold_all_rounds_up_to_512_columns() -> None:
+    def most(method: MethodConfig, clients: int, rounds: int, **section: object) -> int:
+        return side_rank_of(method, AggregateSection(**section), clients, 32, rounds)
+
     fedex = MethodConfig()
-    assert default_side_rank(fedex, 3, 32) == 64
-    assert default_side_rank(fedex, 100, 32) == 128
-    assert default_side_rank(fedex, 1, 32) == 0
-    assert default_side_rank(MethodConfig(name="fedit"), 3, 32) == 0
+    assert most(fedex, 3, 1) == 64
+    assert most(fedex, 3, 8) == 512
+    assert most(fedex, 3, 9) == 512
+    assert most(fedex, 3, 9, side_rank=600) == 600
+    assert most(fedex, 1, 9) == 0
+    assert most(fedex, 3, 2, fold="planes") == 0
+    assert most(MethodConfig(name="fedit"), 3, 2) == 0

@@ -36,7 +36,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> torch.nn.Module:
     base = load_model(ModelSection(path=str(tiny_llama)), torch.float32, torch.device("cpu"))
-    return add_adapters(base, LoraSection(rank=2), trains=frozenset("AB"), side_rank=0)
+    return add_adapters(base, LoraSection(rank=2), trains=frozenset("AB"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from fedex_scale.adapters import Adapter
 from fedex_scale.config import Config, load_config
 from fedex_scale.engine import Engine, fold_targets
 from fedex_scale.errors import UserError
-from fedex_scale.export import write_final
+from fedex_scale.export import show_handed_over, write_final
 from fedex_scale.run import engine_for
 from fedex_scale.state import RunDir, ServerState
 
@@ -121,7 +121,7 @@ def test_what_is_handed_over_does_what_the_engine_did(
     base = request.getfixturevalue(model)
     settings = [f"aggregate.fold={fold}", f"model.dtype={dtype}"]
     if fold == "side":
-        settings.append("aggregate.side_rank=12")  # holds both rounds whole
+        settings.append("federation.rounds=2")
     run = two_rounds(base, tmp_path, *settings)
     written = run.write_final()
     assert ("base" in written) == (fold != "side")
@@ -134,25 +134,42 @@ def test_what_is_handed_over_does_what_the_engine_did(
         return
     handed_over = AutoModelForCausalLM.from_pretrained(final_base, dtype=torch.bfloat16)
     handed_over = PeftModel.from_pretrained(handed_over, written["adapter"])
-    if fold == "side":  # one adapter of both, summed in another order
-        assert_same_logits(handed_over, run.engine.model, 0.02)
-    else:
-        assert torch.equal(logits(handed_over), logits(run.engine.model))
+    assert_same_logits(handed_over, run.engine.model, 0.02)
+    show_handed_over(run.engine, run.directory, run.state)
+    assert torch.equal(logits(handed_over), logits(run.engine.model)), "what is scored"
     exact = dense_model(base, run.updates)
     assert_same_logits(load(base, written["exact_adapter"]), exact, 1e-5)
     assert_same_logits(handed_over, exact, 0.05)
 
 
-def test_a_small_side_adapter_and_the_base_that_took_the_rest(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_small_side_adapter_and_the_exact_one(tiny_llama: Path, tmp_path: Path) -> None:
     run = two_rounds(tiny_llama, tmp_path, "aggregate.side_rank=2")
     written = run.write_final()
-    expected = dense_model(tiny_llama, run.updates)
+    assert set(written) == {"adapter", "exact_adapter"}
     assert Adapter(written["adapter"]).rank == RANK + 2
-    assert_same_logits(run.engine.model, expected, 1e-5)
-    assert_same_logits(load(written["base"], written["adapter"]), expected, 1e-5)
+    assert_same_logits(load(tiny_llama, written["adapter"]), run.engine.model, 1e-5)
+    expected = dense_model(tiny_llama, run.updates)
     assert_same_logits(load(tiny_llama, written["exact_adapter"]), expected, 1e-5)
+
+
+def test_planes_hand_over_their_sum_in_float32(request, tmp_path: Path) -> None:
+    for name in ("tiny_llama", "tiny_gpt2"):
+        base = request.getfixturevalue(name)
+        folder = tmp_path / name
+        folder.mkdir()
+        run = two_rounds(base, folder, "aggregate.fold=planes", "model.dtype=bfloat16")
+        written = run.write_final()
+        handed_over = load(written["base"], written["adapter"])
+        assert handed_over.dtype == torch.float32
+        merged, own = load(written["base"]).state_dict(), Adapter(written["adapter"])
+        rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        for layer, update in run.updates.items():
+            module = rounded.get_submodule(layer)
+            change = merged[f"{layer}.weight"].double() - module.weight.double()
+            change = change.T if isinstance(module, Conv1D) else change
+            got = change + product(own.pair(layer), own.scaling)
+            assert (got - update).norm() < 3e-3 * update.norm(), "a bf16 plane's rounding"
+        assert_same_logits(run.engine.model, handed_over, 0.05)
 
 
 @pytest.mark.parametrize("method", ["fedit", "flexlora", "lora_fair"])

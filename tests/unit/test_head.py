@@ -28,7 +28,7 @@ def make_model(kind: str) -> PreTrainedModel:
 def adapted(model: PreTrainedModel, targets: str = "all-linear"):
     torch.manual_seed(1)
     lora = LoraSection(rank=4, target_modules=targets)
-    peft_model = lora_model.add_adapters(model, lora, trains=frozenset("AB"), side_rank=0).eval()
+    peft_model = lora_model.add_adapters(model, lora, trains=frozenset("AB")).eval()
     for layer in lora_model.lora_layers(peft_model).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     return peft_model

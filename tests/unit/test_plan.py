@@ -45,14 +45,38 @@ def test_components_are_those_counted_by_hand(on_80_gb: planning.Plan) -> None:
     found = needs(on_80_gb.chosen)
     client = 32 * PER_RANK
     assert found["base"].gpu == 2 * BASE
-    # Float32 for the optimizer, bf16 for the side adapter, which has rank (K-1) R = 64.
-    assert found["adapters"].gpu == 4 * client + 2 * 2 * client
+    # Float32 for the optimizer; the side adapter's first column waits for a second round.
+    assert found["adapters"].gpu == 4 * client + 2 * PER_RANK
+    scored = 4 * 3 * client - 2 * PER_RANK - on_80_gb.work.peak_bytes
+    assert found["adapter that is scored"].gpu == scored, "rank 32 + (3 - 1) 32, float32"
     assert found["gradients"].gpu == 4 * client
     assert found["optimizer"].gpu == 8 * client
     assert found["client adapters"].disk == 3 * 4 * client
     assert found["base while it loads"].host == 2 * BASE
     assert on_80_gb.chosen.fits
     assert on_80_gb.steps == 105
+
+
+def test_the_side_adapter_grows_with_the_rounds() -> None:
+    several = plan(recipe("federation.rounds=4", "evaluation.tasks=[]"))
+    assert needs(several.chosen)["adapters"].gpu == (4 * 32 + 2 * 3 * 64) * PER_RANK
+    assert "grows to 192 columns" in several.side
+    assert "its 512 columns hold 8 of 20 rounds" in plan(recipe("federation.rounds=20")).side
+    planes = plan(recipe("federation.rounds=20", "aggregate.fold=planes"))
+    adapted = sum(o * i for o, i in planes.weights.shapes.values())
+    assert needs(planes.chosen)["adapters"].gpu == 4 * 32 * PER_RANK + 2 * adapted
+    assert needs(planes.chosen)["carry plane"].gpu == 4 * adapted
+    assert planes.side is None
+
+
+def test_a_run_takes_the_columns_that_there_is_room_for(tiny_llama, tmp_path, monkeypatch) -> None:
+    settings = ["federation.rounds=8", "lora.rank=32", "partition.num_clients=3"]
+    config = load_config(write_config(tiny_llama, tmp_path), settings)
+    assert planning.side_rank_that_fits(config) is None, "room for all 512"
+    tight = planning._Sizes(config, Machine()).estimate(config, with_work=False).total("host")
+    room = Machine(host_memory=int(tight) - 1)
+    monkeypatch.setattr(planning, "this_machine", lambda: room)
+    assert planning.side_rank_that_fits(config) == 256
 
 
 def test_every_deepspeed_file_has_its_row(on_80_gb: planning.Plan) -> None:
@@ -97,11 +121,11 @@ def test_what_training_keeps_is_what_autograd_keeps(tiny_llama: Path) -> None:
     from fedex_scale import lora_model, models
 
     section, lora = ModelSection(path=str(tiny_llama), dtype="float32"), LoraSection(rank=4)
-    settings = {"trains": frozenset("AB"), "side_rank": 0}
-    shapes = footprint.shape_model(section, lora, dtype=torch.float32, **settings)
+    trains = frozenset("AB")
+    shapes = footprint.shape_model(section, lora, dtype=torch.float32, trains=trains, side_rank=0)
     counted = footprint.run_shapes(shapes, examples=2, length=32, checkpointing=False)
     base = models.load_model(section, torch.float32, torch.device("cpu"))
-    model = lora_model.add_adapters(base, lora, **settings).train()
+    model = lora_model.add_adapters(base, lora, trains=trains).train()
     held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
