@@ -105,6 +105,9 @@ def shape_model(
     if has_planes:
         for layer in lora_model.lora_layers(model).values():
             lora_model.make_plane(layer)
+            shape = (layer.out_features, layer.in_features)
+            plane_OI = torch.empty(shape, dtype=dtype, device="meta")
+            layer.lora_B[SIDE].weight = nn.Parameter(plane_OI, requires_grad=False)
     if side_rank or has_planes:
         lora_model.activate(model, [CLIENT, SIDE], trains=trains)
     return model

@@ -85,11 +85,9 @@ def make_plane(layer: LoraLayer) -> nn.Parameter:
     Returns:
         What is to hold it, as (O, I).
     """
-    old = layer.lora_B[SIDE].weight
-    layer.lora_A[SIDE] = _Same().to(old.device, old.dtype)
-    if old.is_meta:
-        old.data = old.new_empty(layer.out_features, layer.in_features)
-    return old
+    plane = layer.lora_B[SIDE].weight
+    layer.lora_A[SIDE] = _Same().to(plane.device, plane.dtype)
+    return plane
 
 
 class _Same(nn.Module):
