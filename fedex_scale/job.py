@@ -94,10 +94,8 @@ def _find_weights(plan: Plan, *, folds: bool) -> None:
                 "use --fold side, without --side-rank"
             )
         if name is None and not tied:
-            raise UserError(
-                f"layer {layer}: {base.path} has no such weight; were the clients trained on "
-                "another base model?"
-            )
+            plan.transposed[layer] = _is_made_transposed(plan, layer, flag, folds)
+            continue
         if name is None or quantized:
             plan.transposed[layer] = flag
             continue
@@ -111,6 +109,22 @@ def _find_weights(plan: Plan, *, folds: bool) -> None:
         plan.names[layer] = name
     if not folds:
         plan.names.clear()
+
+
+def _is_made_transposed(plan: Plan, layer: str, flag: bool, folds: bool) -> bool:
+    """Return whether a weight that transformers makes of others is (I, O) in the model."""
+    base, made = plan.base, plan.base.loaded_as(layer)
+    if made is None:
+        raise UserError(
+            f"layer {layer}: {base.path} has no such weight; were the clients trained on "
+            "another base model?"
+        )
+    if folds:
+        raise UserError(
+            f"layer {layer}: transformers makes its weight of others in {base.path}, which a fold "
+            "cannot write; use --fold side, without --side-rank"
+        )
+    return base.is_transposed(layer, plan.shapes[layer], flag, made.shape)
 
 
 def _check_full_weights(adapters: Sequence[Adapter]) -> None:

@@ -63,6 +63,7 @@ ORDER = (
     "algebra",
     "lowrank",
     "basefiles",
+    "conversion",
     "tensorfile",
     "checkpoint",
     "outputs",
