@@ -15,8 +15,18 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import card, distributed, evaluation, faults, models, phases, planning, record
-from fedex_scale.aggregator import side_rank_of
+from fedex_scale import (
+    card,
+    distributed,
+    evaluation,
+    faults,
+    lora_model,
+    models,
+    phases,
+    planning,
+    record,
+)
+from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
 from fedex_scale.config import Config, load_config, to_dict
@@ -106,7 +116,7 @@ def engine_for(config: Config, num_clients: int) -> Engine:
     per_forward = train.micro_batch_size * distributed.world_size()
     chosen = len(choose_clients(config.federation, num_clients, config.run.seed, 1))
     side_rank = side_rank_of(config.method, config.aggregate, chosen, config.lora.rank)
-    return build_engine(
+    engine = build_engine(
         config.model,
         config.lora,
         config.engine,
@@ -118,6 +128,15 @@ def engine_for(config: Config, num_clients: int) -> Engine:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
+    tied = lora_model.tied_layers(engine.model)
+    # Whatever the fold: what a side adapter cannot hold is for the base, too.
+    if tied and base_update_rank(config.method, chosen, config.lora.rank):
+        raise UserError(
+            f"lora.target_modules: layer {tied[0]}: its weight is the embedding's too, which what "
+            f"{config.method.name} adds to the base would change; leave {tied[0]} out, or use a "
+            "method that leaves the base as it is, such as fedit"
+        )
+    return engine
 
 
 def digest_of(examples: Examples) -> str:
