@@ -39,7 +39,6 @@ KINDS = ("llama", "llama-tied", "gpt2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = {"llama": ("q_proj", "down_proj", "lm_head"), "gpt2": ("c_attn", "c_fc", "lm_head")}
 TOKENS = torch.arange(3, 43).view(2, 20)
-HEAD = "lm_head"
 
 
 @pytest.fixture(scope="module")
@@ -68,48 +67,63 @@ class Case:
     paths: tuple[Path, ...]
     pairs: list[dict[str, Pair]]
     weights: tuple[float, ...]
-    rank: int
-    scaling: float
+    scalings: list[float]
+
+    @property
+    def rank(self) -> int:
+        """Of the server: the highest of the clients'."""
+        return max(next(iter(pairs.values())).A_RI.shape[0] for pairs in self.pairs)
 
     def ideal(self, layer: str) -> Tensor:
-        return self.scaling * sum(
-            w * x[layer].B_OR.double() @ x[layer].A_RI.double()
-            for w, x in zip(self.weights, self.pairs, strict=True)
+        shares = [w * s for w, s in zip(self.weights, self.scalings, strict=True)]
+        return sum(
+            share * x[layer].B_OR.double() @ x[layer].A_RI.double()
+            for share, x in zip(shares, self.pairs, strict=True)
         )
 
     def means(self, layer: str) -> Tensor:
+        """Return what the averaged factors do, of clients alike in rank and scaling."""
         A, B = (
             sum(w * x[layer][i].double() for w, x in zip(self.weights, self.pairs, strict=True))
             for i in (0, 1)
         )
-        return self.scaling * B @ A
+        return self.scalings[0] * B @ A
 
 
-def draw_case(draw: Random, folder: Path, base: PreTrainedModel, *, same_A: bool, head: bool):
-    """Write two to four clients; some bring a copy of the output layer, as PEFT saves it."""
+def draw_case(
+    draw: Random, folder: Path, base: PreTrainedModel, *, method: str, head: bool
+) -> Case:
+    """Write two to four clients; some bring a copy of the output layer, as PEFT saves it.
+
+    Where a method does not average factors, they differ in rank and alpha.
+    """
     targets = TARGETS[base.config.model_type][: 3 if head else 2]
     shapes = {
         name: tuple(module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1])
         for name, module in base.named_modules()
         if name.endswith(targets)
     }
-    rank, spread = draw.randint(1, 4), draw.choice([1e-3, 0.03, 0.5])
-    start = random_pairs(shapes, rank=rank, seed=draw.randrange(2**30), size=0.2)
-    paths, pairs = [], []
-    alpha = draw.choice([1.0, 3.0, 16.0])
+    ranks, alphas, spread = [1, 2, 3, 4], [1.0, 3.0, 16.0], draw.choice([1e-3, 0.03, 0.5])
+    rank, alpha = draw.choice(ranks), draw.choice(alphas)
+    start = random_pairs(shapes, rank=4, seed=draw.randrange(2**30), size=0.2)
+    paths, pairs, scalings = [], [], []
     for k in range(draw.randint(2, 4)):
         own = near(start, spread=0.2 * spread, seed=draw.randrange(2**30))
-        if same_A:
+        if method == "ffa":
             own = {layer: Pair(start[layer].A_RI, pair.B_OR) for layer, pair in own.items()}
+        if method in ("flora", "fedex-reinit", "fedex-svd", "flexlora"):
+            rank, alpha = draw.choice(ranks), draw.choice(alphas)
+        own = {layer: Pair(A_RI[:rank], B_OR[:, :rank]) for layer, (A_RI, B_OR) in own.items()}
         paths.append(save_adapter(folder / str(k), own, alpha=alpha))
         pairs.append(own)
+        scalings.append(alpha / rank)
         if head and draw.random() < 0.7:
             file = paths[-1] / "adapter_model.safetensors"
             copy = {"base_model.model.lm_head.base_layer.weight": base.lm_head.weight.detach()}
             save_file(load_file(file) | copy, file)
     shares = [draw.uniform(0.1, 1) for _ in paths]
     weights = tuple(share / sum(shares) for share in shares)
-    return Case(tuple(paths), pairs, weights, rank, alpha / rank)
+    return Case(tuple(paths), pairs, weights, scalings)
 
 
 def truncated(matrix: Tensor, rank: int) -> Tensor:
@@ -119,16 +133,17 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
 
 def oracle(method: str, case: Case, layer: str, svd_rank: int | None) -> tuple[Tensor, Tensor]:
     """Return what a method should do to a layer, and what of it is no part of its new pair."""
-    ideal, means = case.ideal(layer), case.means(layer)
+    ideal = case.ideal(layer)
     best = truncated(ideal, case.rank)
-    if method in ("fedit", "ffa"):
-        return means, torch.zeros_like(ideal)
+    if method in ("fedit", "ffa", "lora_fair"):
+        return case.means(layer), torch.zeros_like(ideal)
     if method == "flexlora":
         return best, torch.zeros_like(ideal)
     if method in ("flora", "fedex-reinit"):
         return ideal, ideal
     if method == "fedex-svd":
         return ideal, ideal - best
+    means = case.means(layer)
     rest = ideal - means
     if svd_rank is not None:
         rest = truncated(rest, svd_rank)
@@ -200,7 +215,8 @@ def test_what_is_loaded_is_what_is_told(bases, tmp_path, method, fold, kind, dty
     side_rank = draw.choice([None, None, 1, 3]) if fold == "side" and assign != "keep" else None
     folds = adds and (fold != "side" or side_rank is not None)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    case = draw_case(draw, tmp_path, base, same_A=method == "ffa", head=kind == "llama" or not folds)
+    head = kind == "llama" or not folds
+    case = draw_case(draw, tmp_path, base, method=method, head=head)
     svd_rank = draw.choice([None, 1, 2]) if method == "fedex" else None
     job = Job(
         base=str(source),
