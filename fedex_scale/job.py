@@ -119,8 +119,8 @@ def _is_made_transposed(plan: Plan, layer: str, flag: bool, folds: bool) -> bool
     base, made = plan.base, plan.base.loaded_as(layer)
     if made is None:
         raise UserError(
-            f"layer {layer}: {base.path} has no such weight; were the clients trained on "
-            "another base model?"
+            f"layer {layer}: {base.path} has no such weight, or several that it could be; were the "
+            "clients trained on another base model?"
         )
     if folds:
         raise UserError(

@@ -23,6 +23,8 @@ from transformers import (
     BertModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -182,6 +184,24 @@ def test_a_tied_output_layer_comes_with_the_embedding(tmp_path) -> None:
     assert_exact(LlamaForCausalLM, base, out, updates)
     with pytest.raises(UserError, match="layer lm_head: its weight is the embedding's too"):
         aggregate(base, tmp_path / "folded", clients, fold="round")
+
+
+def test_an_output_layer_that_is_the_only_embedding_there_is_takes_no_fold(tmp_path) -> None:
+    """A config may say nothing of tying, and the files may hold the weight as the output layer."""
+    config = GPT2Config(vocab_size=97, n_embd=32, n_inner=48, n_layer=2, n_head=4)
+    base = make_base(GPT2LMHeadModel, config, tmp_path / "base")
+    clients, _ = make_clients(GPT2LMHeadModel, base, tmp_path, target_modules=["lm_head"])
+    settings = json.loads((base / "config.json").read_text())
+    settings.pop("tie_word_embeddings")
+    (base / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    model = GPT2LMHeadModel.from_pretrained(base)
+    assert torch.equal(model.transformer.wte.weight, tensors["lm_head.weight"])
+    with pytest.raises(UserError, match="layer lm_head: its weight is the embedding's too"):
+        aggregate(base, tmp_path / "out", clients, fold="round")
+    aggregate(base, tmp_path / "out", clients)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
