@@ -64,6 +64,8 @@ class Adapter:
         scaling: of layers that no pattern names.
         layers: names of the adapted modules in the base model.
         full_weights: names, in the file, of whole weights that come along (`modules_to_save`).
+        base_copies: names, in the file, of weights of the base itself, and what the base calls
+            them: PEFT saves that of an adapted output layer beside its factors.
 
     Raises:
         UserError: the directory, its config or its weights cannot be used; the message names it.
@@ -79,7 +81,8 @@ class Adapter:
             raise UserError(
                 f"{self.path}: expected {WEIGHTS_FILE}, found none; save the adapter as safetensors"
             ) from None
-        self.layers = tuple(_layer_names(self.file.entries))
+        self.layers = tuple(self._layer_names())
+        self.base_copies: dict[str, str] = {}
         self.full_weights = tuple(self._full_weights())
         if not self.layers:
             raise UserError(
@@ -123,7 +126,22 @@ class Adapter:
                 f"{self.path}: layer {layer} is missing; every client must adapt the same layers"
             ) from None
 
+    def _layer_names(self) -> Iterator[str]:
+        names = [name for name in self.file.entries if name.startswith(_PREFIX)]
+        As, Bs = (
+            [name[len(_PREFIX) : -len(end)] for name in names if name.endswith(end)]
+            for end in (".lora_A.weight", ".lora_B.weight")
+        )
+        for layer in sorted(set(As) ^ set(Bs)):
+            there, missing = "AB" if layer in As else "BA"
+            raise UserError(
+                f"{self.path}, layer {layer}: expected lora_A and lora_B, found lora_{there} "
+                f"without lora_{missing}; save or send the adapter again"
+            )
+        yield from As
+
     def _full_weights(self) -> Iterator[str]:
+        layers = set(self.layers)
         for name in self.file.entries:
             if name.endswith((".lora_A.weight", ".lora_B.weight")) and name.startswith(_PREFIX):
                 continue
@@ -132,7 +150,12 @@ class Adapter:
                     f"{self.path}: expected lora_A.weight and lora_B.weight of linear layers, got "
                     f"{name}, which cannot be aggregated; train plain LoRA on linear layers"
                 )
-            yield name
+            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+            owner = module.removesuffix(".base_layer")
+            if owner != module or owner in layers:
+                self.base_copies[name] = f"{owner}.{kind}"
+            else:
+                yield name
 
 
 class LayerPairs(Sequence[Pair]):
@@ -348,9 +371,3 @@ def _by_pattern(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> 
         if re.match(rf"(.*\.)?({key})$", layer):
             return value
     return default
-
-
-def _layer_names(keys: Iterable[str]) -> Iterator[str]:
-    for key in keys:
-        if key.startswith(_PREFIX) and key.endswith(".lora_A.weight"):
-            yield key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")

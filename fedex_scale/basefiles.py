@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedex_scale.errors import UserError
 from fedex_scale.tensorfile import SafetensorsReader, SafetensorsWriter
+
+if TYPE_CHECKING:
+    from fedex_scale.conversion import Loaded
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -117,32 +122,53 @@ class BaseFiles:
         """Yield the elements of a span of a flattened weight, in parts; see `tensorfile`."""
         return self._where[name].blocks(name, span, buffer)
 
-    def find(self, layer: str) -> str | None:
-        """Return the name of a layer's weight in the files, or None if they lack it.
+    def find(self, layer: str, kind: str = "weight") -> str | None:
+        """Return the name of a layer's weight in the files, or None if they have none of its own.
 
-        Names may differ by the model's prefix: the hub's gpt2 has `h.0...` where the model says
-        `transformer.h.0...`, and an adapter of a bare backbone leaves out the `model.`.
+        Names may differ by the model's prefix, or by what transformers makes of them.
         """
-        name = f"{layer}.weight"
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in self._where:
-                return candidate
-        longer = [other for other in self._where if other.partition(".")[2] == name]
-        return longer[0] if len(longer) == 1 else None
+        found = _match(f"{layer}.{kind}", self._where)
+        if found is None:
+            loaded = self.loaded_as(layer, kind)
+            found = loaded.source if loaded else None
+        return found
+
+    def loaded_as(self, layer: str, kind: str = "weight") -> Loaded | None:
+        """Return how transformers loads a layer's weight, or None if it cannot."""
+        name = _match(f"{layer}.{kind}", self._loaded)
+        return self._loaded[name] if name else None
+
+    @cached_property
+    def _loaded(self) -> dict[str, Loaded]:
+        from fedex_scale.conversion import loaded_weights  # transformers takes seconds to import
+
+        return loaded_weights(self.path, self.names)
 
     def is_tied(self, layer: str) -> bool:
         """Return whether a layer's weight is the embedding's, so that no fold may change it."""
         if layer.rsplit(".", 1)[-1] not in ("lm_head", "embed_out"):
             return False
-        return self.config.get("tie_word_embeddings", f"{layer}.weight" not in self._where)
+        if "tie_word_embeddings" in self.config:
+            return bool(self.config["tie_word_embeddings"])
+        own = self.find(layer)  # without another of its shape, it is the embedding as well
+        return own is None or [self.shape(n) for n in self.names].count(self.shape(own)) == 1
 
-    def is_transposed(self, name: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
+    def is_transposed(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        fan_in_fan_out: bool,
+        stored: tuple[int, ...] | None = None,
+    ) -> bool:
         """Return whether a weight is stored as (I, O), where `shape` is the layer's (O, I).
+
+        Args:
+            stored: its shape; None: that in the files.
 
         Raises:
             UserError: it has neither shape.
         """
-        stored, flipped = self.shape(name), shape[::-1]
+        stored, flipped = stored or self.shape(name), shape[::-1]
         if stored not in (shape, flipped):
             raise UserError(
                 f"{self.path}, {name}: expected shape {shape} or {flipped}, which the clients' "
@@ -266,6 +292,19 @@ class BaseWriter:
             known = known if isinstance(known, dict) else {}
             index["metadata"] = {**known, "total_size": self.num_bytes}
             (self.out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _match(name: str, names: Collection[str]) -> str | None:
+    """Return which of the names means a weight; they may differ by the model's prefix.
+
+    The hub's gpt2 has `h.0...` where the model says `transformer.h.0...`, and an adapter of a bare
+    backbone leaves out the `model.`.
+    """
+    for candidate in (name, name.partition(".")[2]):
+        if candidate in names:
+            return candidate
+    longer = [other for other in names if other.partition(".")[2] == name]
+    return longer[0] if len(longer) == 1 else None
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -23,6 +23,7 @@ from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.errors import UserError
 from fedex_scale.methods import METHODS, MethodConfig
 from fedex_scale.outputs import check_out
+from fedex_scale.tensorfile import SafetensorsReader
 
 MAX_RANK_OF_MANY = 128
 """Columns of the side adapter where the clients are too many to be in memory at once."""
@@ -50,6 +51,7 @@ def prepare(job: Job) -> Plan:
     plan = Plan(
         base=base,
         adapters=adapters,
+        task_type=_task_type(adapters),
         weights=weights,
         rank=rank,
         update_rank=update_rank,
@@ -60,6 +62,7 @@ def prepare(job: Job) -> Plan:
     )
     check_clients(round_of(plan))
     _check_full_weights(adapters)
+    _check_base_copies(plan)
     _find_weights(plan, folds=update_rank > side_rank)
     return plan
 
@@ -95,10 +98,8 @@ def _find_weights(plan: Plan, *, folds: bool) -> None:
                 "use --fold side, without --side-rank"
             )
         if name is None and not tied:
-            raise UserError(
-                f"layer {layer}: {base.path} has no such weight; were the clients trained on "
-                "another base model?"
-            )
+            plan.transposed[layer] = _is_made_transposed(plan, layer, flag, folds)
+            continue
         if name is None or quantized:
             plan.transposed[layer] = flag
             continue
@@ -112,6 +113,22 @@ def _find_weights(plan: Plan, *, folds: bool) -> None:
         plan.names[layer] = name
     if not folds:
         plan.names.clear()
+
+
+def _is_made_transposed(plan: Plan, layer: str, flag: bool, folds: bool) -> bool:
+    """Return whether a weight that transformers makes of others is (I, O) in the model."""
+    base, made = plan.base, plan.base.loaded_as(layer)
+    if made is None:
+        raise UserError(
+            f"layer {layer}: {base.path} has no such weight, or several that it could be; were the "
+            "clients trained on another base model?"
+        )
+    if folds:
+        raise UserError(
+            f"layer {layer}: transformers makes its weight of others in {base.path}, which a fold "
+            "cannot write; use --fold side, without --side-rank"
+        )
+    return base.is_transposed(layer, plan.shapes[layer], flag, made.shape)
 
 
 def _check_full_weights(adapters: Sequence[Adapter]) -> None:
@@ -128,6 +145,54 @@ def _check_full_weights(adapters: Sequence[Adapter]) -> None:
                     f"{adapter.path}, {name}: expected shape {shape}, got {shapes[1][name]}; "
                     "every client must train the same"
                 )
+
+
+def _check_base_copies(plan: Plan) -> None:
+    """Raise a UserError where an adapter brings a weight of the base that is not BASE's.
+
+    BASE's own is left out of the result: loading it would take back what a fold added to it.
+    """
+    for adapter in plan.adapters:
+        for name, own in adapter.base_copies.items():
+            layer, _, kind = own.rpartition(".")
+            found = plan.base.find(layer, kind)
+            names = [found] if found else []
+            if found is None and plan.base.is_tied(layer):
+                shape = adapter.file.entries[name].shape
+                names = [n for n in plan.base.names if plan.base.shape(n) == shape]
+            if not any(_is_copy(adapter.file, name, plan.base, n) for n in names):
+                raise UserError(
+                    f"{adapter.path}, {name}: expected the weight of {plan.base.path}, got "
+                    "another; give the base that it was trained on, and adapt the layer by LoRA "
+                    "alone"
+                )
+
+
+def _is_copy(file: SafetensorsReader, name: str, base: BaseFiles, original: str) -> bool:
+    """Return whether a file's weight is one of the base's, in the dtype of the former."""
+    dtype, shape = file.entries[name].dtype, file.entries[name].shape
+    if shape != base.shape(original):
+        return False
+    start = 0
+    for copy in file.blocks(name):
+        stop = start + copy.numel()
+        buffer = torch.empty(copy.numel() * base.dtype(original).itemsize, dtype=torch.uint8)
+        (part,) = base.blocks(original, (start, stop), buffer)
+        if not torch.equal(part.to(dtype), copy):
+            return False
+        start = stop
+    return True
+
+
+def _task_type(adapters: Sequence[Adapter]) -> str | None:
+    """Return the task that the clients name; PEFT wraps the model by it, or not at all."""
+    tasks = {adapter.config.get("task_type") for adapter in adapters} - {None}
+    if len(tasks) > 1:
+        raise UserError(
+            f"task_type: expected one of all clients, got {', '.join(sorted(tasks))}; aggregate "
+            "adapters of one task"
+        )
+    return next(iter(tasks), None)
 
 
 def round_of(plan: Plan) -> Round:
@@ -173,6 +238,10 @@ class Job:
     """For methods that draw a fresh adapter."""
 
     def __post_init__(self) -> None:
+        if self.section.fold == "planes":
+            raise UserError(
+                "--fold: planes is for runs, whose forward pass can have them; use side, or carry"
+            )
         if self.dtype not in (None, "float32"):
             raise UserError(f"dtype: expected float32 or nothing, got {self.dtype}")
 
@@ -182,6 +251,7 @@ class Plan:
     """A job's inputs, opened and checked, and the sizes of its results.
 
     Fields:
+        task_type: of all clients, as PEFT names it, or None.
         rank: of the server's pair; the highest of all clients.
         update_rank: columns of what the method adds to the base; 0 if it adds nothing.
         side_rank: columns of the adapter that hold that; 0 if it goes into the base.
@@ -192,6 +262,7 @@ class Plan:
 
     base: BaseFiles
     adapters: Sequence[Adapter]
+    task_type: str | None
     weights: Sequence[float]
     rank: int
     update_rank: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -144,6 +146,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def tied_layers(model: nn.Module) -> list[str]:
+    """Return the adapted layers whose weight is another module's too, as a tied embedding is."""
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    layers = lora_layers(model).items()
+    return [name for name, layer in layers if owners[layer.get_base_layer().weight] > 1]
 
 
 def _linear(module: nn.Module) -> bool:

@@ -7,8 +7,9 @@ weight are in memory at a time.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
-from fedex_scale.adapters import CONFIG_FILE, AdapterWriter
+from fedex_scale.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterWriter
 from fedex_scale.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.algebra import LowRank, Pair
 from fedex_scale.basefiles import BaseWriter
@@ -26,11 +27,13 @@ from fedex_scale.errors import UserError
 from fedex_scale.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.outputs import building
 from fedex_scale.state import derive_seed
+from fedex_scale.tensorfile import BLOCK_BYTES, SafetensorsReader
 from fedex_scale.weights import Target
 
 # Of a client's adapter_config.json, what the result's takes over.
 _TAKEN_OVER = (
-    "task_type target_modules exclude_modules layers_to_transform layers_pattern modules_to_save"
+    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
+    "ensure_weight_tying"
 ).split()
 
 
@@ -102,7 +105,8 @@ def _aggregate(
     """Write the adapters and the changed weights."""
     with ExitStack() as stack:
         out = stack.enter_context(_open_adapter(scratch / "adapter", plan, plan.written_rank))
-        sinks = _sinks(job, plan, out, scratch, stack)
+        clients = _open_clients(plan, scratch, stack) if job.method.assign == "keep" else []
+        sinks = _sinks(plan, out, clients)
         report = aggregate(
             round_of(plan),
             job.method,
@@ -112,14 +116,33 @@ def _aggregate(
             seed=lambda layer: derive_seed(job.seed, "fresh", layer),
             on_layer=lambda layer: on_bytes(4 * plan.written_rank * sum(plan.shapes[layer])),
         )
-        for name in plan.adapters[0].full_weights:
-            out.write_full(name, _mean_blocks(plan, name))
-            entry = plan.adapters[0].file.entries[name]
-            on_bytes(entry.end - entry.start)
+        _write_full_weights(plan, scratch, out, clients, on_bytes)
     return report
 
 
-def _sinks(job: Job, plan: Plan, out: AdapterWriter, scratch: Path, stack: ExitStack) -> Sinks:
+def _write_full_weights(
+    plan: Plan, scratch: Path, out: AdapterWriter, clients: Sequence[AdapterWriter], on_bytes: Any
+) -> None:
+    """Write the clients' mean of each whole weight to the adapter, and from it to each client's."""
+    for name in plan.adapters[0].full_weights:
+        out.write_full(name, _mean_blocks(plan, name))
+        mean = SafetensorsReader(scratch / "adapter" / WEIGHTS_FILE)
+        for writer in clients:
+            writer.write_full(name, mean.blocks(name))
+        entry = mean.entries[name]
+        on_bytes((1 + len(clients)) * (entry.end - entry.start))
+
+
+def _open_clients(plan: Plan, scratch: Path, stack: ExitStack) -> list[AdapterWriter]:
+    """Return a writer a client, of what it keeps and what it lacks."""
+    rank = (len(plan.adapters) + 1) * plan.rank
+    return [
+        stack.enter_context(_open_adapter(scratch / "clients" / f"client-{k:04d}", plan, rank))
+        for k in range(len(plan.adapters))
+    ]
+
+
+def _sinks(plan: Plan, out: AdapterWriter, clients: Sequence[AdapterWriter]) -> Sinks:
     """Return sinks that write the pair and what the side holds as one adapter."""
     pairs: dict[str, Pair] = {}
 
@@ -127,20 +150,10 @@ def _sinks(job: Job, plan: Plan, out: AdapterWriter, scratch: Path, stack: ExitS
         pair = pairs.pop(layer)
         out.write_sum(layer, [LowRank(pair.B_OR * plan.scaling, pair.A_RI), kept])
 
-    client = None
-    if job.method.assign == "keep":
-        rank = (len(plan.adapters) + 1) * plan.rank
-        writers = [
-            stack.enter_context(_open_adapter(scratch / "clients" / f"client-{k:04d}", plan, rank))
-            for k in range(len(plan.adapters))
-        ]
-        for k, writer in enumerate(writers):
-            for name in plan.adapters[k].full_weights:
-                writer.write_full(name, plan.adapters[k].file.blocks(name))
+    def write_client(layer: str, k: int, pieces: Iterable[LowRank]) -> None:
+        clients[k].write_sum(layer, pieces)
 
-        def client(layer: str, k: int, pieces: Iterable[LowRank]) -> None:
-            writers[k].write_sum(layer, pieces)
-
+    client = write_client if clients else None
     if plan.side_rank:
         return Sinks(adapter=pairs.__setitem__, side=write_joined, client=client)
     return Sinks(adapter=out.write, client=client)
@@ -150,6 +163,7 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
     """Return a writer; an adapter of a higher rank than the server's holds scaling in its B."""
     config = plan.adapters[0].config
     settings = {key: config[key] for key in _TAKEN_OVER if config.get(key) is not None}
+    settings["task_type"] = plan.task_type
     entries = plan.adapters[0].file.entries
     return AdapterWriter(
         path,
@@ -183,17 +197,20 @@ def _target(plan: Plan, writer: BaseWriter, layer: str) -> Target:
 
 def _mean_blocks(plan: Plan, name: str) -> Iterator[Tensor]:
     """Yield the clients' weighted mean of a whole weight, part by part."""
-    streams = [adapter.file.blocks(name) for adapter in plan.adapters]
-    for parts in zip(*streams, strict=True):
-        mean = torch.zeros(parts[0].shape, dtype=torch.float64)
-        for adapter, part, weight in zip(plan.adapters, parts, plan.weights, strict=True):
+    entry = plan.adapters[0].file.entries[name]
+    count, step = math.prod(entry.shape), BLOCK_BYTES // torch.float64.itemsize
+    for start in range(0, count, step):
+        span = (start, min(start + step, count))
+        mean = torch.zeros(span[1] - start, dtype=torch.float64)
+        for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
+            (part,) = adapter.file.blocks(name, span)
             if not torch.isfinite(part).all():
                 raise UserError(
                     f"{adapter.path}, {name}: expected finite numbers, got NaN or Inf; "
                     "leave this client out"
                 )
             mean.add_(part, alpha=weight)
-        yield mean
+        yield mean if entry.dtype.is_floating_point else mean.round_()
 
 
 def _name_base(adapter: Path, job: Job, changed: bool) -> None:

@@ -35,6 +35,9 @@ def read_config(path: Path) -> dict:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
     _check_numbers(config, file)
+    task = config.get("task_type")
+    if task is not None and not (isinstance(task, str) and task.isidentifier()):
+        raise UserError(f"{file}: task_type: expected a name or null, got {task!r:.80}")
     refused = {key: config.get(key) for key in _REFUSED if config.get(key)}
     if config.get("bias") not in (None, "none"):
         refused["bias"] = config["bias"]

@@ -15,7 +15,17 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import card, distributed, evaluation, faults, models, phases, planning, record
+from fedex_scale import (
+    card,
+    distributed,
+    evaluation,
+    faults,
+    lora_model,
+    models,
+    phases,
+    planning,
+    record,
+)
 from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
@@ -123,7 +133,7 @@ def engine_for(config: Config, num_clients: int) -> Engine:
         config.method, config.aggregate, chosen, config.lora.rank, config.federation.rounds
     )
     adds = base_update_rank(config.method, chosen, config.lora.rank) > 0
-    return build_engine(
+    engine = build_engine(
         config.model,
         config.lora,
         config.engine,
@@ -136,6 +146,14 @@ def engine_for(config: Config, num_clients: int) -> Engine:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
+    tied = lora_model.tied_layers(engine.model)
+    if tied and adds and config.aggregate.fold != "side":
+        raise UserError(
+            f"lora.target_modules: layer {tied[0]}: its weight is the embedding's too, which what "
+            f"{config.method.name} adds to the base would change; leave {tied[0]} out, or use "
+            "aggregate.fold=side, which leaves the base as it is"
+        )
+    return engine
 
 
 def digest_of(examples: Examples) -> str:

@@ -165,7 +165,8 @@ def _check_adapter(path: Path, model: ModelSection) -> None:
         if base.is_tied(layer):
             continue
         name, shape = base.find(layer), adapter.shapes(layer)
-        found = None if name is None else base.shape(name)
+        made = None if name else base.loaded_as(layer)
+        found = base.shape(name) if name else made and made.shape
         if found not in (shape, shape[::-1]):  # the latter is GPT-2's
             recorded = adapter.config.get("base_model_name_or_path")
             raise UserError(

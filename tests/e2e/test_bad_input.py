@@ -10,6 +10,8 @@ from tiny import SIZES
 from transformers import AutoConfig
 
 from fedex_scale.cli import main
+from fedex_scale.config import load_config
+from fedex_scale.run import engine_for
 
 CASES = {
     "train.learning_rat=1": "did you mean learning_rate",
@@ -50,6 +52,34 @@ def test_another_models_tokenizer_is_one_line(
     assert ended.value.code == 2
     assert "expected tokens below its vocabulary's size, 97, got token" in capsys.readouterr().err
     assert not (runs_of(tiny_config) / "bad").exists()
+
+
+@pytest.mark.parametrize("method", ["{name: fedex}", "{name: flora}", "{name: fedex, assign: svd}"])
+@pytest.mark.parametrize("fold", ["planes", "carry", "round"])
+def test_a_layer_that_is_the_embedding_too_is_one_line(
+    method: str, fold: str, tiny_config: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fold into the output layer would change the embedding of a tied model."""
+    changed = ["lora.target_modules=[c_attn, lm_head]", f"method={method}"]
+    changed += [f"model.path={tiny_gpt2}", f"aggregate.fold={fold}", "run.name=bad"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), *changed])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "layer lm_head: its weight is the embedding's too" in error
+    assert [line for line in error.splitlines() if line.startswith("error: ")] == [
+        error.splitlines()[-1]
+    ]
+    assert not (runs_of(tiny_config) / "bad").exists()
+
+
+@pytest.mark.parametrize("option", ["method.name=fedit", "aggregate.fold=side"])
+def test_a_tied_layer_may_be_adapted_where_the_base_stays_as_it_is(
+    option: str, tiny_config: Path, tiny_gpt2: Path
+) -> None:
+    changed = ["lora.target_modules=[c_attn, lm_head]", option]
+    config = load_config(tiny_config, [*changed, f"model.path={tiny_gpt2}"])
+    assert "lm_head" in engine_for(config, 3).layers
 
 
 def test_existing_run_is_left_alone(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

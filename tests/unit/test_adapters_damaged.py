@@ -97,12 +97,24 @@ def test_adapters_that_cannot_be_used(tmp_path: Path, kind: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["A", "B", "AB"])
-def test_a_missing_layer_is_named(tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize(("missing", "there"), [("A", "B"), ("B", "A")])
+def test_a_factor_without_the_other_is_named(tmp_path: Path, missing: str, there: str) -> None:
     path = save_adapter(tmp_path / "client-0007", random_pairs(SHAPES, rank=2, seed=0), alpha=2)
     file, layer = path / "adapter_model.safetensors", "model.layers.0.up_proj"
     tensors = load_file(file)
-    for name in missing:
+    del tensors[f"base_model.model.{layer}.lora_{missing}.weight"]
+    save_file(tensors, file)
+    with pytest.raises(UserError) as caught:
+        Adapter(path)
+    assert f"client-0007, layer {layer}" in str(caught.value)
+    assert f"found lora_{there} without lora_{missing}" in str(caught.value)
+
+
+def test_a_missing_layer_is_named(tmp_path: Path) -> None:
+    path = save_adapter(tmp_path / "client-0007", random_pairs(SHAPES, rank=2, seed=0), alpha=2)
+    file, layer = path / "adapter_model.safetensors", "model.layers.0.up_proj"
+    tensors = load_file(file)
+    for name in "AB":
         del tensors[f"base_model.model.{layer}.lora_{name}.weight"]
     save_file(tensors, file)
     adapter = Adapter(path)

@@ -65,6 +65,7 @@ ORDER = (
     "algebra",
     "lowrank",
     "basefiles",
+    "conversion",
     "tensorfile",
     "checkpoint",
     "outputs",

@@ -59,6 +59,14 @@ def test_named_modules(tiny_llama: Path, names: str | tuple[str, ...]) -> None:
     assert len(layers) == 2 * len(suffixes)
 
 
+def test_a_layer_whose_weight_is_the_embeddings_is_known(tiny_llama: Path, tiny_gpt2: Path) -> None:
+    assert lora_model.tied_layers(wrap(tiny_gpt2, target_modules=("c_attn", "lm_head"))) == [
+        "lm_head"
+    ]
+    assert lora_model.tied_layers(wrap(tiny_gpt2)) == []
+    assert lora_model.tied_layers(wrap(tiny_llama, target_modules=("q_proj", "lm_head"))) == []
+
+
 @pytest.mark.parametrize("names", ["query", ("query", "value"), ("q_proj", "query")], ids=str)
 def test_names_that_match_nothing_are_told_what_there_is(tiny_llama: Path, names) -> None:
     with pytest.raises(UserError) as caught:

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from many_rounds import RANK, assert_told, drifting, rounds_of
+from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import make_llama
+from tiny import logits, make_llama
+from transformers import AutoModelForCausalLM
 
 from fedex_scale.adapters import Adapter
 from fedex_scale.algebra import Pair
+from fedex_scale.export import show_handed_over, write_final
 from fedex_scale.lora_model import SIDE
 
 
@@ -39,6 +42,21 @@ def test_twenty_rounds_in_two_planes(tiny_llama: Path, tmp_path: Path) -> None:
         assert_told(report, kept)
     for layer in rounds.engine.layers.values():
         assert layer.lora_B[SIDE].weight.shape == (layer.out_features, layer.in_features)
+
+
+def test_rounds_leave_the_embedding_of_a_tied_output_layer(tiny_gpt2: Path, tmp_path: Path) -> None:
+    rounds = rounds_of(tiny_gpt2, tmp_path, "lora.target_modules=[c_attn, lm_head]", rounds=3)
+    embedding = rounds.engine.model.get_input_embeddings().weight
+    before = embedding.detach().clone()
+    for number in range(1, 4):
+        _, kept = rounds.advance(drifting(rounds, "shared", number))
+        assert kept["round"] >= 0.98
+    assert torch.equal(embedding, before)
+    written = write_final(rounds.config, rounds.engine, rounds.run, rounds.state)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.bfloat16)
+    loaded = PeftModel.from_pretrained(loaded, written["adapter"])
+    show_handed_over(rounds.engine, rounds.run, rounds.state)
+    assert torch.equal(logits(loaded), logits(rounds.engine.model))
 
 
 @pytest.mark.parametrize("fold", ["side", "planes", "carry", "round"])
