@@ -15,6 +15,7 @@ MATH = [
     {"problem": "What is half of one?", "solution": r"It is \boxed{\frac{1}{2}}."},
     {"problem": "Solve $x^2=2$, $x>0$.", "solution": r"$\fbox{1}$, no: $\boxed{\sqrt{2}}$"},
     {"problem": "A row whose answer is lost?", "solution": "It is 3."},
+    {"problem": "How many days has a week?", "solution": r"It has $\boxed 7$."},
 ]
 WORD_PROBLEMS = [
     {"query": "Tom has 12 apples and buys 7. How many?", "response": "19.\nThe answer is: 19"},
