@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rows import write_data
+from tiny import make_metaspace_tokenizer
 from transformers import AutoTokenizer
 
 from fedex_scale import distributed, evaluation
@@ -138,6 +139,26 @@ def test_samples_say_what_was_asked_written_read_and_judged(results: dict, tmp_p
     assert sample["answer"] == ["[invalid]"]
     assert sample["target"] == "true"
     assert sample["verdict"] == {"exact_match": 0.0, "unparsed_gold": 0}
+
+
+@pytest.mark.parametrize("prepend", ["first", "never"])
+def test_a_prompt_is_tokenized_as_one_text(
+    model: torch.nn.Module, data_dir: str, monkeypatch: pytest.MonkeyPatch, prepend: str
+) -> None:
+    """With the words that the published evaluation puts after `### Response:`."""
+    asked, generate = [], model.generate
+
+    def listening(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.append(input_ids[0].tolist())
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", listening)
+    tokenizer = make_metaspace_tokenizer(prepend)
+    section = EvaluationSection(tasks=("fedex_gsm8k",), data_dir=data_dir, batch_size=1)
+    results = evaluate(model, tokenizer, section)
+    prompts = [x["arguments"][0][0] for x in results["samples"]["fedex_gsm8k"]]
+    assert all(x.endswith("\n\n### Response: Let's think step by step.") for x in prompts)
+    assert sorted(asked) == sorted(tokenizer(x)["input_ids"] for x in {*prompts})
 
 
 def test_batches_shrink_until_they_fit(
