@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import distributed
+from fedex_scale import distributed, stock_tasks
 from fedex_scale.data.sources import cause_of
 from fedex_scale.data.suites import data_root
 from fedex_scale.errors import UserError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 TASKS_DIR = Path(__file__).parents[1] / "eval" / "tasks"
-SPLITS = ("fewshot_split", "training_split", "validation_split", "test_split")
 BOOTSTRAPS = 1000  # for standard errors that have no formula; a mean's has one
 
 
@@ -245,56 +244,17 @@ def _check_examples(task: ConfigurableTask, section: EvaluationSection) -> None:
 def _spec(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> str:
     """Return the task's name, or a YAML that includes a stock task and reads local files."""
     entry = manager.task_index[name]
-    if _is_ours(name) or not entry.yaml_path or not _scored_split(entry.cfg):
+    if _is_ours(name) or not entry.yaml_path or not stock_tasks.scored_split(entry.cfg):
         return name
     shots = entry.cfg.get("num_fewshot") if section.num_fewshot is None else section.num_fewshot
-    files = _local_files(name, section, entry.cfg, shots or 0)
+    named, root = (section.data or {}).get(name), data_root(section.data_dir)
+    files = stock_tasks.local_files(name, entry.cfg, shots or 0, named=named, root=root)
     if not files:
         return name
-    # Of a split without a file nothing is read; lm-eval would look for it, used or not.
-    absent = {key: None for key in SPLITS if entry.cfg.get(key) not in files}
-    read = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    whole = {"include": str(entry.yaml_path), "task": name, "num_fewshot": shots, **absent, **read}
+    changed = {"include": str(entry.yaml_path), "task": name, "num_fewshot": shots}
     path = scratch / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(whole))
+    path.write_text(yaml.safe_dump(changed | stock_tasks.reading(files, entry.cfg)))
     return str(path)
-
-
-def _local_files(
-    name: str, section: EvaluationSection, cfg: Mapping[str, Any], shots: int
-) -> dict[str, str]:
-    """Return split -> file of a stock task: those that are named, or all it needs in data_dir."""
-    scored, examples = _scored_split(cfg), _examples_split(cfg) if shots else None
-    needed = {scored: "which is scored", examples: f"from which its {shots} examples come"}
-    needed.pop(None, None)
-    named = (section.data or {}).get(name)
-    if named is None:
-        found = {split: data_root(section.data_dir) / name / f"{split}.jsonl" for split in needed}
-        local = all(path.is_file() for path in found.values())
-        return {split: str(path) for split, path in found.items()} if local else {}
-    files = named if isinstance(named, dict) else {scored: named}
-    for split, use in needed.items():
-        if split not in files:
-            raise UserError(
-                f"evaluation.data: {name}: expected a file for {split}, {use}, got one for "
-                f"{', '.join(files)}; give {{{', '.join(f'{split}: FILE' for split in needed)}}}"
-            )
-    return {split: files[split] for split in needed}
-
-
-def _scored_split(cfg: Mapping[str, Any] | None) -> str | None:
-    """Return the split that is scored; none: a group."""
-    cfg = cfg or {}
-    return cfg.get("test_split") or cfg.get("validation_split")
-
-
-def _examples_split(cfg: Mapping[str, Any]) -> str | None:
-    """Return the split that a task's examples come from; none: it brings them along."""
-    own = cfg.get("fewshot_config") or {}
-    if own.get("samples"):
-        return None
-    splits = cfg.get("fewshot_split"), own.get("split"), *map(cfg.get, SPLITS[1:])
-    return next(filter(None, splits))
 
 
 def _is_ours(task: str) -> bool:

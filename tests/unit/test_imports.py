@@ -45,6 +45,7 @@ ORDER = (
     "deviation",
     "aggregate_report",
     "evaluation",
+    "stock_tasks",
     "spread",
     "progress",
     "snapshot",
