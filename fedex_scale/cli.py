@@ -185,6 +185,9 @@ def evaluate(
     data_dir: Annotated[
         str | None, typer.Option(help="Where local test sets lie; none: FEDEX_SCALE_DATA.")
     ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in a stock task's prompt; none: as it has it.")
+    ] = None,
     batch_size: Annotated[
         str | None, typer.Option(help="Prompts at once, or auto; none: the run's own, or 16.")
     ] = None,
@@ -202,7 +205,8 @@ def evaluate(
     size = int(batch_size) if batch_size and batch_size.isdecimal() else batch_size
     if size not in (None, "auto") and not isinstance(size, int):
         raise UserError(f"--batch-size: expected a number or auto, got {batch_size}")
-    asked = {"tasks": tuple(suite or ()), "limit": limit, "data_dir": data_dir, "batch_size": size}
+    asked = {"tasks": tuple(suite or ()), "limit": limit, "data_dir": data_dir}
+    asked |= {"num_fewshot": num_fewshot, "batch_size": size}
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
     distributed.join_group(required=False)
     subject = distributed.together(lambda: scoring.find_subject(model, adapter, asked, dtype=dtype))

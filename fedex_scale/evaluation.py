@@ -20,12 +20,14 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import distributed
+from fedex_scale import distributed, stock_tasks
 from fedex_scale.data.sources import cause_of
+from fedex_scale.data.suites import data_root
 from fedex_scale.errors import UserError
 from fedex_scale.spread import is_partitioned, spread_requests
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
 TASKS_DIR = Path(__file__).parents[1] / "eval" / "tasks"
@@ -39,7 +41,8 @@ class EvaluationSection:
     tasks: tuple[str, ...] = ()
     """lm-eval tasks and groups: this project's (eval/tasks) or stock ones; none: no scoring."""
     data: dict | None = None
-    """Task name -> local .json or .jsonl file to score on, in place of the hub's data."""
+    """Task name -> local .json or .jsonl file to score on, in place of the hub's data; of a stock
+    task also {test: FILE, train: FILE}, as its own splits are called."""
     data_dir: str | None = None
     """Where test sets lie as in docs/evaluation.md; none: the variable FEDEX_SCALE_DATA."""
     limit: int | None = None
@@ -48,6 +51,8 @@ class EvaluationSection:
     """Score before the first round, too."""
     every_rounds: int | None = None
     """Score after every so many rounds; none: after the last only."""
+    num_fewshot: int | None = None
+    """Examples in a stock task's prompt; none: as the task has it."""
     batch_size: int | Literal["auto"] = 16
     """Prompts generated at once; auto: as many as fit."""
 
@@ -56,6 +61,10 @@ class EvaluationSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"evaluation.{name}: expected at least 1 or none, got {value}")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(
+                f"evaluation.num_fewshot: expected at least 0 or none, got {self.num_fewshot}"
+            )
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UserError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
@@ -74,9 +83,7 @@ def check_tasks(section: EvaluationSection) -> None:
     """Raise a UserError for an unknown task or missing data, before anything is generated."""
     if not section.tasks:
         return
-    for task, file in (section.data or {}).items():
-        if not Path(file).is_file():
-            raise UserError(f"evaluation.data: {task}: no file {file}; correct the path")
+    _check_files(section)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(section)
     for name in section.tasks:
@@ -84,6 +91,11 @@ def check_tasks(section: EvaluationSection) -> None:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {near[0]}?" if near else "see eval/tasks"
             raise UserError(f"evaluation.tasks: unknown task {name}; {hint}")
+    if section.num_fewshot and all(map(_is_ours, section.tasks)):
+        raise UserError(
+            "evaluation.num_fewshot: expected 0 or none, as none of evaluation.tasks is a stock "
+            f"task and this project's have no examples, got {section.num_fewshot}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         loaded = [x for name in section.tasks for x in _load(name, section, manager, Path(scratch))]
     for task in loaded:
@@ -128,6 +140,7 @@ def evaluate(
             tasks=[_spec(name, section, manager, Path(scratch)) for name in section.tasks],
             task_manager=manager,
             limit=section.limit,
+            num_fewshot=section.num_fewshot,  # ours have 0, which lm-eval keeps
             bootstrap_iters=BOOTSTRAPS,
         )
     return results or {}  # lm-eval answers on the first rank of a machine only
@@ -202,32 +215,64 @@ def _wants_bos(model: nn.Module) -> bool | None:
 def _load(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> list[str]:
     """Load a task or group with its rows, and return the names of its tasks."""
     try:
-        return list(manager.load([_spec(name, section, manager, scratch)])["tasks"])
+        tasks = manager.load([_spec(name, section, manager, scratch)])["tasks"]
+        for task in tasks.values():
+            _check_examples(task, section)
+        return list(tasks)
     except UserError:
         raise
     except Exception as error:  # whatever the hub, or a task's own code, makes of missing rows
         raise UserError(
             f"task {name}: its rows cannot be had ({cause_of(error)}); check the network or the "
-            "hub's cache, or name a file in evaluation.data"
+            "hub's cache, or name its files in evaluation.data"
         ) from None
 
 
+def _check_examples(task: ConfigurableTask, section: EvaluationSection) -> None:
+    """Raise a UserError where lm-eval could not draw as many examples as a prompt has."""
+    shots = task.config.num_fewshot
+    if section.num_fewshot is not None and shots != 0:
+        shots = section.num_fewshot
+    rows = len(list(task.fewshot_docs())) if shots else 0
+    if shots and rows < shots:
+        raise UserError(
+            f"task {task.config.task}: expected at least {shots} rows to take examples from, got "
+            f"{rows}; set evaluation.num_fewshot or name other data"
+        )
+
+
 def _spec(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> str:
-    """Return the task's name, or a YAML that includes a stock task and reads the local file."""
-    file, entry = (section.data or {}).get(name), manager.task_index[name]
-    if file is None or not entry.yaml_path or entry.yaml_path.is_relative_to(TASKS_DIR):
+    """Return the task's name, or a YAML that includes a stock task and reads local files."""
+    entry = manager.task_index[name]
+    if _is_ours(name) or not entry.yaml_path or not stock_tasks.scored_split(entry.cfg):
         return name
-    split = next(filter(None, map(entry.cfg.get, ("test_split", "validation_split"))), "test")
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {split: file}}}
+    shots = entry.cfg.get("num_fewshot") if section.num_fewshot is None else section.num_fewshot
+    named, root = (section.data or {}).get(name), data_root(section.data_dir)
+    files = stock_tasks.local_files(name, entry.cfg, shots or 0, named=named, root=root)
+    if not files:
+        return name
+    changed = {"include": str(entry.yaml_path), "task": name, "num_fewshot": shots}
     path = scratch / f"{name}.yaml"
-    include = {"include": str(entry.yaml_path), "task": name, "dataset_name": None}
-    path.write_text(yaml.safe_dump({**include, **data}))
+    path.write_text(yaml.safe_dump(changed | stock_tasks.reading(files, entry.cfg)))
     return str(path)
+
+
+def _is_ours(task: str) -> bool:
+    return (TASKS_DIR / f"{task}.yaml").is_file()
+
+
+def _check_files(section: EvaluationSection) -> None:
+    for task, named in (section.data or {}).items():
+        if isinstance(named, dict) and _is_ours(task):
+            raise UserError(f"evaluation.data: {task}: expected one file, got {named}; name it")
+        for file in named.values() if isinstance(named, dict) else [named]:
+            if not Path(str(file)).is_file():
+                raise UserError(f"evaluation.data: {task}: no file {file}; correct the path")
 
 
 def _task_manager(section: EvaluationSection) -> TaskManager:
     """Return lm-eval's list of tasks, which tells ours where local rows lie."""
-    ours = all((TASKS_DIR / f"{task}.yaml").is_file() for task in section.tasks)
+    ours = all(map(_is_ours, section.tasks))
     return _cached_manager(ours, json.dumps(section.data), section.data_dir)
 
 

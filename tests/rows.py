@@ -11,10 +11,15 @@ GSM8K = [
     {"question": "How many legs have two cats?", "answer": "2*4=<<2*4=8>>8\n#### 8"},
     {"question": "A row whose answer is lost?", "answer": "nothing"},
 ]
+GSM8K_TRAIN = [
+    {"question": f"Ann has {i} pens and buys {j}. How many?", "answer": f"{i}+{j}\n#### {i + j}"}
+    for i, j in ((31, 4), (52, 7), (64, 3))
+]
 MATH = [
     {"problem": "What is half of one?", "solution": r"It is \boxed{\frac{1}{2}}."},
     {"problem": "Solve $x^2=2$, $x>0$.", "solution": r"$\fbox{1}$, no: $\boxed{\sqrt{2}}$"},
     {"problem": "A row whose answer is lost?", "solution": "It is 3."},
+    {"problem": "How many days has a week?", "solution": r"It has $\boxed 7$."},
 ]
 WORD_PROBLEMS = [
     {"query": "Tom has 12 apples and buys 7. How many?", "response": "19.\nThe answer is: 19"},
@@ -115,6 +120,7 @@ def write_data(directory: Path, *, hub: bool = False) -> Path:
     """Write every test set below a data directory, the suites in the hub's schema or ours."""
     for name, rows in {
         "gsm8k/test": GSM8K,
+        "gsm8k/train": GSM8K_TRAIN,
         "math/test": MATH,
         "word_problems/heldout": WORD_PROBLEMS,
     }.items():
@@ -128,5 +134,5 @@ def write_data(directory: Path, *, hub: bool = False) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

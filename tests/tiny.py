@@ -7,12 +7,14 @@ architecture allows it (GPT-2's attention output is), and ranks are smaller than
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -109,6 +111,31 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     assert tokenizer.get_vocab_size() == VOCABULARY
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
+    )
+
+
+def make_metaspace_tokenizer(prepend: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that marks spaces as SentencePiece's do, with words of a few letters.
+
+    Args:
+        prepend: whether a text begins with a space of its own: `always` or `first` as in Llama-2
+            and Mistral, `never` as in Gemma.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    mark = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([mark, pre_tokenizers.Punctuation()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=200,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=list(string.printable),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
     )

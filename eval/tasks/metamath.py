@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from fedex_scale.data.answers import correct_number, gold_number, paper_number
-from fedex_scale.data.latex import hendrycks_equal, last_boxed, marked_answer, symbolically_equal
+from fedex_scale.data.latex import (
+    hendrycks_equal,
+    last_boxed,
+    marked_answer,
+    paper_boxed,
+    symbolically_equal,
+)
 from fedex_scale.data.prompts import MATH_EVALUATION_PROMPT, MATH_PROMPT
 from fedex_scale.errors import UserError
 
@@ -64,14 +70,17 @@ def score_gsm8k(row: dict, answers: list[str]) -> dict[str, float]:
 
 
 def score_math(row: dict, answers: list[str]) -> dict[str, float]:
-    """exact_match is Hendrycks' equality, math_verify the symbolic one."""
-    answer, gold = answers[0], math_gold(row)
-    both = answer != NO_ANSWER and gold is not None
+    """exact_match is the papers' rule, math_verify the symbolic one."""
+    answer, gold, by_paper = answers[0], math_gold(row), paper_boxed(row["solution"])
     return {
-        "exact_match": float(both and hendrycks_equal(answer, gold)),
-        "math_verify": float(both and symbolically_equal(answer, gold)),
+        "exact_match": float(_holds(hendrycks_equal, answer, by_paper)),
+        "math_verify": float(_holds(symbolically_equal, answer, gold)),
         "unparsed_gold": int(gold is None),
     }
+
+
+def _holds(rule: Callable[[str, str], bool], answer: str, gold: str | None) -> bool:
+    return answer != NO_ANSWER and gold is not None and rule(answer, gold)
 
 
 def _equal(answer: str, gold: str | None) -> dict[str, float]:

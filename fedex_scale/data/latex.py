@@ -1,7 +1,7 @@
 """Answers of MATH: read out of a solution or a generation, and compared.
 
-Two comparisons, reported side by side: Hendrycks' equality of normalised strings, with which the
-published scores were made, and math-verify's symbolic equality.
+Two rules, reported side by side: the published one, Hendrycks' equality of normalised strings, and
+math-verify's symbolic equality.
 """
 
 from __future__ import annotations
@@ -10,27 +10,6 @@ import re
 
 from fedex_scale.data.answers import ANSWER_MARKER
 
-# What Hendrycks' rule rewrites, in its order.
-_REWRITES = (
-    (r"\n|\\!", ""),
-    (r"\\\\", r"\\"),
-    (r"\\[td]frac", r"\\frac"),
-    (r"\\left|\\right", ""),
-    (r"\^\{\\circ\}|\^\\circ", ""),
-    (r"\\\$", ""),
-    (r"\\text\{ [^\\]*$", ""),  # a unit at the end
-    (r"\\?%", ""),
-    (r"(^|[ {])\.", r"\g<1>0."),
-    (r"^.{0,2}=(?=[^=]*$)", ""),  # k = 5
-    (r"\\sqrt([^{])", r"\\sqrt{\1}"),
-    (r" ", ""),
-    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"),
-    (r"\\frac([^{])\{", r"\\frac{\1}{"),
-    (r"^0\.5$", r"\\frac{1}{2}"),
-    (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
-)
-_REWRITES = tuple((re.compile(pattern), new) for pattern, new in _REWRITES)
-
 
 def last_boxed(solution: str) -> str | None:
     r"""Return what the last `\boxed{}` or `\fbox{}` holds; None where there is none."""
@@ -38,14 +17,16 @@ def last_boxed(solution: str) -> str | None:
     if start < 0:
         return None
     bare = re.match(r"\\boxed ([^${]+)", solution[start:])
-    if bare:
-        return bare[1].strip()
-    begin, depth = solution.find("{", start), 0
-    for end in range(begin, len(solution)) if begin >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(solution[end], 0)
-        if depth == 0:
-            return solution[begin + 1 : end]
-    return None
+    return bare[1].strip() if bare else _braced(solution, solution.find("{", start))
+
+
+def paper_boxed(solution: str) -> str | None:
+    r"""Return the gold answer by the papers' rule, which reads neither `\fbox{7}` nor `\boxed 7`.
+
+    Source: arXiv:2309.12284 (MetaMath), eval_math.py.
+    """
+    start = solution.rfind(r"\boxed")
+    return _braced(solution, start + 6) if solution.startswith(r"\boxed{", start) else None
 
 
 def marked_answer(text: str) -> str | None:
@@ -58,8 +39,15 @@ def marked_answer(text: str) -> str | None:
 
 
 def hendrycks_equal(answer: str, gold: str) -> bool:
-    """Compare two answers as normalised strings. Source: arXiv:2103.03874 (MATH)."""
-    return _normalised(answer) == _normalised(gold)
+    r"""Compare two answers as normalised strings, by the papers' rule, quirks included.
+
+    `50\%` is 50 and `50%` is not; where a step of the normalisation fails (two units, x/2, a bare
+    `\sqrt`), the strings are compared as they are. lm-eval has the procedure as MetaMath used it.
+    Source: arXiv:2103.03874 (MATH); arXiv:2309.12284 (MetaMath), util.py.
+    """
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
+
+    return is_equiv(answer, gold)
 
 
 def symbolically_equal(answer: str, gold: str) -> bool:
@@ -69,7 +57,11 @@ def symbolically_equal(answer: str, gold: str) -> bool:
     return verify(parse(f"${gold}$"), parse(f"${answer}$"))
 
 
-def _normalised(text: str) -> str:
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    return text.strip()
+def _braced(text: str, begin: int) -> str | None:
+    """Return what stands between the brace at `begin` (-1: none) and the one that closes it."""
+    depth = 0
+    for end in range(begin, len(text)) if begin >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + 1 : end]
+    return None

@@ -21,16 +21,17 @@ MAX_REDRAWS = 100  # of a Dirichlet split that leaves a client too little
 class PartitionConfig:
     """How the rows are split over the clients."""
 
-    kind: Literal["iid", "contiguous", "dirichlet", "natural"] = "iid"
-    """Shuffled evenly; evenly in file order; uneven mixes of `column`; a client per value of it."""
+    kind: Literal["iid", "contiguous", "dirichlet", "dirichlet_per_client", "natural"] = "iid"
+    """Shuffled evenly; evenly in file order; each value of `column` dealt out unevenly over the
+    clients; clients of one size, each with its own mix of values; a client per value."""
     num_clients: int = 3
     """Clients that the rows are split over."""
     column: str | None = None
-    """For dirichlet and natural, such as type; also counted per client in partition.json."""
+    """For dirichlet kinds and natural, such as type; also counted per client in partition.json."""
     alpha: float = 1.0
     """Dirichlet concentration: small gives clients of few kinds, large gives equal mixes."""
     min_examples: int = 1
-    """Dirichlet splits that leave a client fewer are drawn again."""
+    """Splits of kind dirichlet that leave a client fewer are drawn again."""
 
     def __post_init__(self) -> None:
         for name in ("num_clients", "min_examples"):
@@ -38,7 +39,7 @@ class PartitionConfig:
                 raise UserError(f"partition.{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.alpha < float("inf"):
             raise UserError(f"partition.alpha: expected a number above 0, got {self.alpha}")
-        if self.kind in ("dirichlet", "natural") and self.column is None:
+        if self.kind not in ("iid", "contiguous") and self.column is None:
             raise UserError(
                 f"partition.column: {self.kind} splits by a column, got none; name one of the data"
             )
@@ -66,6 +67,8 @@ def split(rows: Dataset, config: PartitionConfig, seed: int) -> list[list[int]]:
             parts = np.array_split(np.arange(len(rows)), config.num_clients)
         case "dirichlet":
             parts = _dirichlet(_rows_by_value(rows, config.column), config, draw)
+        case "dirichlet_per_client":
+            parts = _dirichlet_per_client(_rows_by_value(rows, config.column), config, draw)
         case "natural":
             parts = _natural(_rows_by_value(rows, config.column), config)
     return [part.tolist() for part in parts]
@@ -85,7 +88,11 @@ def describe(parts: Sequence[Sequence[int]], rows: Dataset, column: str | None =
 def _dirichlet(
     groups: dict[Any, np.ndarray], config: PartitionConfig, draw: np.random.Generator
 ) -> list[np.ndarray]:
-    """Split each value's rows by shares drawn from Dirichlet(alpha). Source: arXiv:1909.06335."""
+    """Split each value's rows by shares over the clients, drawn from Dirichlet(alpha, ..., alpha).
+
+    Sizes differ, too. Source: Yurochkin et al., arXiv:1905.12022; drawn again for a smallest size
+    as in Li et al., arXiv:2102.02079.
+    """
     for _ in range(MAX_REDRAWS):
         parts: list[list[np.ndarray]] = [[] for _ in range(config.num_clients)]
         for group in groups.values():
@@ -101,6 +108,42 @@ def _dirichlet(
         f"{config.num_clients} clients, got {min(map(len, merged))} in the last of {MAX_REDRAWS} "
         f"Dirichlet({config.alpha}) draws; raise partition.alpha or use fewer clients"
     )
+
+
+def _dirichlet_per_client(
+    groups: dict[Any, np.ndarray], config: PartitionConfig, draw: np.random.Generator
+) -> list[np.ndarray]:
+    """Fill clients of one size by mixes of values, each drawn from Dirichlet(alpha * all's shares).
+
+    Rows are not put back, so that the last clients take what values are left.
+    Source: Hsu et al., arXiv:1909.06335.
+    """
+    shuffled = [draw.permutation(group) for group in groups.values()]
+    left = np.array([len(group) for group in shuffled])
+    concentration = np.maximum(config.alpha * (left / left.sum()), np.finfo(float).tiny)
+    sizes = [len(part) for part in np.array_split(np.arange(left.sum()), config.num_clients)]
+    parts = []
+    for size in sizes:
+        taken = _take(size, draw.dirichlet(concentration), left, draw)
+        left = left - taken
+        pieces = zip(shuffled, left, taken, strict=True)
+        parts.append(np.concatenate([group[i : i + n] for group, i, n in pieces]))
+    return parts
+
+
+def _take(size: int, mix: np.ndarray, left: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Return how many rows of each value a client of `size` gets out of those that are left.
+
+    What is missing of a value that has run out is drawn from the mix of the others.
+    """
+    taken = np.zeros_like(left)
+    while (missing := size - taken.sum()) > 0:
+        weights = np.where(taken < left, mix, 0.0)
+        if not weights.any():  # the mix is of values that have run out
+            weights = (left - taken).astype(float)
+        drawn = draw.multinomial(missing, weights / weights.sum())
+        taken = np.minimum(taken + drawn, left)
+    return taken
 
 
 def _natural(groups: dict[Any, np.ndarray], config: PartitionConfig) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from operator import add
 from typing import Any, Literal
 
 import numpy as np
@@ -105,18 +106,24 @@ def _tokenized(
 ) -> Iterator[tuple[int, list[int], list[int]]]:
     """Yield each row's index, prompt tokens and response tokens, without special ones.
 
-    The two are tokenized apart: evaluation tokenizes the prompt alone and goes on from there, so
-    training must see the same prompt tokens, with none that reaches over into the response.
+    Prompt and response are tokenized as one text, as published, and parted where the prompt's own
+    tokens end: SentencePiece would put a space before a response of its own. Where a token would
+    reach over the seam (Llama-3's `:$`), they are tokenized apart: generation goes on from the
+    prompt's own tokens, so training must see the same.
     """
     numbered = enumerate(rows)
     while batch := list(islice(numbered, BATCH_ROWS)):
         prompts = [schema.prompt.format(instruction=row[schema.instruction]) for _, row in batch]
         responses = [schema.convert(str(row[schema.response])) for _, row in batch]
-        both = tokenizer(prompts + responses, add_special_tokens=False)["input_ids"]
-        for (index, _), prompt, response in zip(
-            batch, both[: len(batch)], both[len(batch) :], strict=True
+        texts = [*prompts, *map(add, prompts, responses)]
+        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for (index, _), response, prompt, whole in zip(
+            batch, responses, tokens[: len(batch)], tokens[len(batch) :], strict=True
         ):
-            yield index, prompt, response
+            if whole[: len(prompt)] == prompt:
+                yield index, prompt, whole[len(prompt) :]
+            else:
+                yield index, prompt, tokenizer(response, add_special_tokens=False)["input_ids"]
 
 
 SCHEMAS: dict[str, Schema] = {

@@ -47,7 +47,7 @@ def load_test_rows(
     Raises:
         UserError: the rows cannot be had, are none, or are of another schema.
     """
-    root = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR)
+    root = data_root(data_dir)
     file = (data or {}).get(task)
     try:
         if file is not None or (root / local).is_file():
@@ -68,3 +68,8 @@ def load_test_rows(
             f"{', '.join(rows.column_names)}; name a file of that schema"
         )
     return {"test": rows}
+
+
+def data_root(data_dir: str | None) -> Path:
+    """Return where test sets lie: `data_dir`, else FEDEX_SCALE_DATA, else data/."""
+    return Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR)

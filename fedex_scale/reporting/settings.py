@@ -80,7 +80,7 @@ def _facts(run: Record) -> dict[str, str]:
         + _listed(lora["target_modules"]),
         "data": f"{source['path']}: {examples:,} examples of at most {source['max_length']} tokens",
         "clients": f"{partition['num_clients']}, {partition['kind']}"
-        + (f", alpha {partition['alpha']:g}" if partition["kind"] == "dirichlet" else "")
+        + (f", alpha {partition['alpha']:g}" if partition["kind"].startswith("dirichlet") else "")
         + (f", {federation['client_fraction']:.0%} a round" * (federation["client_fraction"] < 1)),
         "rounds": f"{federation['rounds']}, with {count(train['local_epochs'], 'local epoch')}, "
         f"init: {federation['init']}",

@@ -160,6 +160,18 @@ def test_scoring_in_between_changes_nothing(run: Path, tiny_config: Path, data_d
         assert file.read_bytes() == (silent / "final" / "base" / file.name).read_bytes()
 
 
+def test_a_stock_task_with_examples_needs_no_hub(
+    tiny_llama: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    scored = ["evaluate", tiny_llama, "--suite", "gsm8k", "--suite", "fedex_gsm8k"]
+    options = ["--num-fewshot", 2, "--limit", 2, "--out", tmp_path / "out"]
+    done = call("fedex_scale.cli", *scored, *options, data_dir=data_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    prompts = {task: prompt for (task, _), (prompt, *_) in ours(tmp_path / "out").items()}
+    assert prompts["gsm8k"].count("Question: Ann has") == 2
+    assert prompts["fedex_gsm8k"].count("### Instruction:") == 1
+
+
 def test_what_cannot_be_scored_is_told_in_one_line(
     run: Path, data_dir: Path, tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path
 ) -> None:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import pytest
 
-from fedex_scale.data.latex import hendrycks_equal, last_boxed, marked_answer, symbolically_equal
+from fedex_scale.data.latex import (
+    hendrycks_equal,
+    last_boxed,
+    marked_answer,
+    paper_boxed,
+    symbolically_equal,
+)
 
 
 @pytest.mark.parametrize(
-    ("solution", "answer"),
+    ("solution", "answer", "by_paper"),
     [
-        (r"so $\boxed{5}$", "5"),
-        (r"$\boxed{1}$ but then $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
-        (r"\boxed{\{1, {2}\}}", r"\{1, {2}\}"),
-        (r"\fbox{x}", "x"),
-        (r"is $\boxed 7$", "7"),
-        (r"\boxed{open", None),
-        (r"\boxed", None),
-        ("no box", None),
+        (r"so $\boxed{5}$", "5", "5"),
+        (r"$\boxed{1}$ but then $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, {2}\}}", r"\{1, {2}\}", r"\{1, {2}\}"),
+        (r"\fbox{x}", "x", None),
+        (r"\boxed{1}, or \fbox{2}", "2", "1"),
+        (r"is $\boxed 7$", "7", None),
+        (r"\boxed{open", None, None),
+        (r"\boxed", None, None),
+        ("no box", None, None),
     ],
 )
-def test_last_boxed(solution: str, answer: str | None) -> None:
+def test_the_gold_answer(solution: str, answer: str | None, by_paper: str | None) -> None:
     assert last_boxed(solution) == answer
+    assert paper_boxed(solution) == by_paper
 
 
 @pytest.mark.parametrize(
@@ -60,6 +68,17 @@ def test_marked_answer(text: str, answer: str | None) -> None:
         ("3", "4", False, False),
         ("-3", "3", False, False),
         ("", "3", False, False),
+        ("50%", "50", False, True),
+        ("50%", r"50\%", False, True),
+        ("tfrac12", r"\frac12", False, False),
+        ("dfrac12", "frac12", True, False),
+        ("+1/2", "1/2", False, True),
+        ("x/2", "x / 2", False, True),
+        ("x / 2", "x / 2", True, True),
+        (r"7\text{ cm}\text{ long}", r"7 \text{ cm}\text{ long}", False, True),
+        (r"\sqrt", r"\sqrt ", False, True),
+        ("xy = 5", "5", False, True),
+        (".5", r"\frac12", True, True),
     ],
 )
 def test_two_answers(one: str, other: str, equal: bool, symbolic: bool) -> None:

@@ -21,13 +21,15 @@ def make_rows(n: int, num_types: int = 4) -> Dataset:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(["iid", "contiguous", "dirichlet"]),
+    kind=st.sampled_from(["iid", "contiguous", "dirichlet", "dirichlet_per_client"]),
     n=st.integers(20, 200),
     num_clients=st.integers(1, 6),
+    alpha=st.sampled_from([1e-300, 1.0, 1e308]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_row_has_one_client(kind: str, n: int, num_clients: int, seed: int):
-    config = PartitionConfig(kind=kind, num_clients=num_clients, column="type", alpha=1.0)
+def test_every_row_has_one_client(kind: str, n: int, num_clients: int, alpha: float, seed: int):
+    alpha = 1.0 if kind == "dirichlet" else alpha
+    config = PartitionConfig(kind=kind, num_clients=num_clients, column="type", alpha=alpha)
     parts = split(make_rows(n), config, seed)
     assert len(parts) == num_clients
     assert sorted(i for part in parts for i in part) == list(range(n))
@@ -36,7 +38,7 @@ def test_every_row_has_one_client(kind: str, n: int, num_clients: int, seed: int
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "dirichlet_per_client"])
 def test_a_split_depends_on_its_seed_alone(kind: str):
     rows, config = make_rows(50), PartitionConfig(kind=kind, column="type")
     before = split(rows, config, 7)
@@ -49,6 +51,8 @@ def test_a_split_depends_on_its_seed_alone(kind: str):
 def test_a_known_split_stays():
     """Runs are reproducible across releases only as long as this holds."""
     assert split(make_rows(8), PartitionConfig(num_clients=3), 0) == [[2, 4, 3], [6, 5, 0], [1, 7]]
+    by_type = PartitionConfig(kind="dirichlet", column="type")
+    assert split(make_rows(8), by_type, 0) == [[0], [4, 5, 1, 6, 3, 7], [2]]
 
 
 def test_contiguous_keeps_the_order():
@@ -62,15 +66,35 @@ def test_natural_has_a_client_per_value():
     assert parts == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
 
 
-def test_a_small_alpha_gives_clients_of_few_kinds():
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_per_client"])
+def test_a_small_alpha_gives_clients_of_few_kinds(kind: str):
     rows = make_rows(4000)
 
     def largest_share(alpha: float) -> float:
-        config = PartitionConfig(kind="dirichlet", column="type", alpha=alpha)
+        config = PartitionConfig(kind=kind, column="type", alpha=alpha)
         clients = describe(split(rows, config, 0), rows, "type")["clients"]
         return np.mean([max(c["counts"].values()) / c["num_examples"] for c in clients])
 
     assert largest_share(1000) < 0.3 < 0.5 < largest_share(0.1)
+
+
+def test_a_mix_per_client_is_dirichlet_around_the_shares_of_all():
+    """A share's mean is that of all rows, m; its variance m (1 - m) / (alpha + 1).
+
+    Drawing `size` rows by it adds a multinomial's variance.
+    """
+    alpha, size, shares = 3.0, 100, np.array([0.5, 0.3, 0.2])
+    rows = Dataset.from_dict({"type": [*"a" * 20_000, *"b" * 12_000, *"c" * 8_000]})
+    config = PartitionConfig(
+        kind="dirichlet_per_client", column="type", alpha=alpha, num_clients=400
+    )
+    clients = describe(split(rows, config, 0), rows, "type")["clients"]
+    assert {c["num_examples"] for c in clients} == {size}
+    early = clients[:200]  # values run out towards the end
+    mixes = np.array([[c["counts"].get(t, 0) / size for t in "abc"] for c in early])
+    variance = shares * (1 - shares) * (1 + alpha / size) / (alpha + 1)
+    assert np.allclose(mixes.mean(0), shares, atol=0.06)
+    assert np.allclose(mixes.var(0), variance, rtol=0.25)
 
 
 def test_dirichlet_redraws_for_the_smallest_client_and_gives_up():

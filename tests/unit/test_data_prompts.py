@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from tiny import make_metaspace_tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -12,6 +13,7 @@ from fedex_scale.data.prompts import (
     MATH_EVALUATION_PROMPT,
     MATH_PROMPT,
     SCHEMAS,
+    Schema,
     encode,
 )
 from fedex_scale.errors import UserError
@@ -81,6 +83,32 @@ def test_training_sees_the_tokens_that_evaluation_prompts_with(bos: bool, respon
     examples = encode(rows, SCHEMAS["metamath"], tokenizer, max_length=512)
     prompt = tokenizer(PROMPT)["input_ids"]
     assert examples[0]["input_ids"][: examples.prompt_lengths[0]] == prompt
+
+
+@pytest.mark.parametrize("schema", ["metamath", "commonsense"])
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+@pytest.mark.parametrize("response", ["Two", " Two", "\n\nTwo", "5", "$5", "the correct one"])
+def test_prompt_and_response_are_one_text(prepend: str, response: str, schema: str):
+    """SentencePiece would begin a response of its own with a space."""
+    tokenizer = make_metaspace_tokenizer(prepend)
+    rows = [{"query": "How many?", "response": response}]
+    if schema == "commonsense":
+        rows = [{"instruction": "How many?", "output": response}]
+    prompt = SCHEMAS[schema].prompt.format(instruction="How many?")
+    examples = encode(rows, SCHEMAS[schema], tokenizer, max_length=512)
+    whole = tokenizer(prompt + response)["input_ids"]
+    assert examples[0]["input_ids"] == [*whole, tokenizer.eos_token_id]
+    asked = tokenizer(prompt)["input_ids"]
+    assert examples[0]["input_ids"][: examples.prompt_lengths[0]] == asked
+
+
+def test_no_token_reaches_over_the_seam(tokenizer: PreTrainedTokenizerFast):
+    bare = Schema("query", "response", prompt="{instruction}")
+    examples = encode([{"query": "5 app", "response": "les"}], bare, tokenizer, max_length=512)
+    prompt, whole = tokenizer("5 app")["input_ids"], tokenizer("5 apples")["input_ids"]
+    assert whole[: len(prompt)] != prompt
+    assert examples[0]["input_ids"][: examples.prompt_lengths[0]] == prompt
+    assert tokenizer.decode(examples[0]["input_ids"]) == "5 apples</s>"
 
 
 def test_each_schema(tokenizer: PreTrainedTokenizerFast):

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rows import write_data
+from rows import GSM8K, GSM8K_TRAIN, write_data
+from tiny import make_metaspace_tokenizer
 from transformers import AutoTokenizer
 
 from fedex_scale import distributed, evaluation
@@ -90,6 +91,68 @@ def test_auto_under_zero3_on_several_ranks_is_refused_before_the_model_loads(
         check_evaluation(replace(config, engine=EngineSection(deepspeed=file)))
 
 
+def prompts_of(section: EvaluationSection, model: torch.nn.Module, directory: Path) -> list[str]:
+    """Return what each row of GSM8K is asked with, by a stock task."""
+    check_tasks(section)
+    results = evaluate(model, AutoTokenizer.from_pretrained(directory), section)
+    samples = {x["doc_id"]: x for x in results["samples"]["gsm8k"]}
+    assert [samples[i]["doc"]["question"] for i in range(len(GSM8K))] == [
+        row["question"] for row in GSM8K
+    ]
+    return [samples[i]["arguments"][0][0] for i in range(len(GSM8K))]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_stock_tasks_examples_come_from_the_train_file(
+    model: torch.nn.Module, tiny_llama: Path, data_dir: str, tmp_path: Path, named: bool
+) -> None:
+    where = {"data_dir": data_dir}
+    if named:
+        files = {split: f"{data_dir}/gsm8k/{split}.jsonl" for split in ("train", "test")}
+        where = {"data": {"gsm8k": files}, "data_dir": str(tmp_path)}
+    section = EvaluationSection(tasks=("gsm8k",), num_fewshot=2, **where)
+    for prompt, row in zip(prompts_of(section, model, tiny_llama), GSM8K, strict=True):
+        asked = prompt.removesuffix(f"Question: {row['question']}\nAnswer:")
+        shown = [x for x in GSM8K_TRAIN if f"{x['question']}\nAnswer: {x['answer']}" in asked]
+        assert asked.count("Question: ") == len(shown) == 2
+
+
+def test_without_examples_a_stock_task_needs_the_scored_file_only(
+    model: torch.nn.Module, tiny_llama: Path, data_dir: str, tmp_path: Path
+) -> None:
+    section = EvaluationSection(
+        tasks=("gsm8k",),
+        data={"gsm8k": f"{data_dir}/gsm8k/test.jsonl"},
+        data_dir=str(tmp_path),
+        num_fewshot=0,
+    )
+    asked = [f"Question: {row['question']}\nAnswer:" for row in GSM8K]
+    assert prompts_of(section, model, tiny_llama) == asked
+
+
+def test_files_that_a_stock_task_lacks_are_told(data_dir: str) -> None:
+    def told(**fields: object) -> str:
+        with pytest.raises(UserError) as caught:
+            check_tasks(EvaluationSection(**fields))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    test = f"{data_dir}/gsm8k/test.jsonl"
+    message = "expected a file for train, from which its 5 examples come, got one for test; give"
+    assert message in told(tasks=("gsm8k",), data={"gsm8k": test})
+    assert "for test, which is scored" in told(tasks=("gsm8k",), data={"gsm8k": {"train": test}})
+    files = {"test": test, "train": f"{data_dir}/gsm8k/train.jsonl"}
+    few = told(tasks=("gsm8k",), data={"gsm8k": files})
+    assert "at least 5 rows to take examples from, got 3; set evaluation.num_fewshot" in few
+    assert "no file ['a']" in told(tasks=("gsm8k",), data={"gsm8k": ["a"]})
+    files = {"test": test, "train": "none.jsonl"}
+    assert "no file none.jsonl" in told(tasks=("gsm8k",), data={"gsm8k": files})
+    ours = {"tasks": ("fedex_gsm8k",), "data_dir": data_dir}
+    assert "expected one file" in told(**ours, data={"fedex_gsm8k": files})
+    assert "this project's have no examples, got 2" in told(**ours, num_fewshot=2)
+    assert "at least 0 or none, got -1" in told(**ours, num_fewshot=-1)
+
+
 def test_state_is_left_as_it_was(model: torch.nn.Module, tiny_llama: Path, data_dir: str) -> None:
     def state() -> tuple:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -138,6 +201,26 @@ def test_samples_say_what_was_asked_written_read_and_judged(results: dict, tmp_p
     assert sample["answer"] == ["[invalid]"]
     assert sample["target"] == "true"
     assert sample["verdict"] == {"exact_match": 0.0, "unparsed_gold": 0}
+
+
+@pytest.mark.parametrize("prepend", ["first", "never"])
+def test_a_prompt_is_tokenized_as_one_text(
+    model: torch.nn.Module, data_dir: str, monkeypatch: pytest.MonkeyPatch, prepend: str
+) -> None:
+    """With the words that the published evaluation puts after `### Response:`."""
+    asked, generate = [], model.generate
+
+    def listening(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.append(input_ids[0].tolist())
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", listening)
+    tokenizer = make_metaspace_tokenizer(prepend)
+    section = EvaluationSection(tasks=("fedex_gsm8k",), data_dir=data_dir, batch_size=1)
+    results = evaluate(model, tokenizer, section)
+    prompts = [x["arguments"][0][0] for x in results["samples"]["fedex_gsm8k"]]
+    assert all(x.endswith("\n\n### Response: Let's think step by step.") for x in prompts)
+    assert sorted(asked) == sorted(tokenizer(x)["input_ids"] for x in {*prompts})
 
 
 def test_batches_shrink_until_they_fit(

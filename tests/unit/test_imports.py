@@ -46,6 +46,7 @@ ORDER = (
     "aggregate_report",
     "history",
     "evaluation",
+    "stock_tasks",
     "spread",
     "progress",
     "snapshot",

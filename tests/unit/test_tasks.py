@@ -85,6 +85,9 @@ def test_the_first_choice_that_is_named_counts(
         (1, "2", 0.0, 0.0),
         (2, "8.2", 1.0, 0.0),
         (2, "16/2", 1.0, 1.0),
+        (2, "8/0", 1.0, 0.0),
+        (2, r"\frac{8}{3}", 1.0, 0.0),
+        (2, "3 + 5 = 8", 0.0, 1.0),
         (2, "lost", 0.0, 0.0),
     ],
 )
@@ -97,7 +100,13 @@ def test_gsm8k_by_two_rules(
 
 @pytest.mark.parametrize(
     ("index", "answer", "hendrycks", "symbolic"),
-    [(0, "0.5.", 1.0, 1.0), (0, r"\frac{2}{4}", 0.0, 1.0), (1, r"\sqrt2", 1.0, 1.0)],
+    [
+        (0, "0.5.", 1.0, 1.0),
+        (0, r"\frac{2}{4}", 0.0, 1.0),
+        (0, "50%", 0.0, 1.0),
+        (1, r"\sqrt2", 1.0, 1.0),
+        (3, "7", 0.0, 1.0),
+    ],
 )
 def test_math_by_two_rules(
     tasks: dict, index: int, answer: str, hendrycks: float, symbolic: float
