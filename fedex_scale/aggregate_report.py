@@ -4,34 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
-from fedex_scale.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class AggregateSection:
-    """Where the part of the update that the adapter cannot hold goes."""
-
-    fold: Literal["side", "carry", "round"] = "side"
-    """side: a second frozen adapter; carry: the base, with what rounding loses kept for the next
-    fold; round: the base, rounded at every fold, as published."""
-    side_rank: int | None = None
-    """Rank of the side adapter; none: one round's (K-1)R, at most 128."""
-    clip_update_norm: float | None = None
-    """Scale a client's change of the adapter down to this norm, over all factors; none: never."""
-    reject_update_norm: float | None = None
-    """Leave a client out of the round whose change has a larger norm than this; none: never."""
-
-    def __post_init__(self) -> None:
-        if self.fold not in ("side", "carry", "round"):
-            raise UserError(f"aggregate.fold: expected side, carry or round, got {self.fold}")
-        if self.side_rank is not None and self.side_rank < 1:
-            raise UserError(f"aggregate.side_rank: expected at least 1, got {self.side_rank}")
-        for name in ("clip_update_norm", "reject_update_norm"):
-            bound = getattr(self, name)
-            if bound is not None and not 0 < bound < math.inf:
-                raise UserError(f"aggregate.{name}: expected a positive number, got {bound}")
+from fedex_scale.config.federation import AggregateSection
 
 
 @dataclass(frozen=True)

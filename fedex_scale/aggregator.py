@@ -15,7 +15,7 @@ import torch
 
 from fedex_scale import distributed
 from fedex_scale.adapters import Adapter, LayerPairs
-from fedex_scale.aggregate_report import AggregateReport, AggregateSection, LayerReport
+from fedex_scale.aggregate_report import AggregateReport, LayerReport
 from fedex_scale.algebra import (
     MAX_RANK,
     Clients,
@@ -30,9 +30,10 @@ from fedex_scale.algebra import (
     norm_of_sum,
     stack,
 )
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.deviation import Deviation, measure
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, LayerUpdate, MethodConfig
+from fedex_scale.methods import METHODS, LayerUpdate
 from fedex_scale.weights import FoldStats, Target, fold
 
 

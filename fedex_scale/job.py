@@ -11,7 +11,6 @@ import torch
 
 from fedex_scale.adapters import Adapter
 from fedex_scale.aggregator import (
-    AggregateSection,
     Round,
     base_update_rank,
     check_clients,
@@ -20,8 +19,9 @@ from fedex_scale.aggregator import (
 )
 from fedex_scale.algebra import MAX_RANK, normalise_weights
 from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.methods import METHODS
 from fedex_scale.outputs import check_out
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from fedex_scale import distributed, footprint, models
 from fedex_scale.aggregator import side_rank_of
 from fedex_scale.client import num_steps
 from fedex_scale.communication import Traffic, traffic
-from fedex_scale.config import Config
+from fedex_scale.config.section import replace
+from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 from fedex_scale.footprint import Weights, Work
 from fedex_scale.machine import Machine, this_machine
@@ -183,7 +185,7 @@ def _with_nvme(config: Config, machine: Machine) -> Machine:
             "engine.nvme_path: expected a file system for direct access (AIO) and leave to write, "
             f"got {path} ({error.strerror}); choose a directory on a local disk"
         ) from None
-    return replace(machine, nvme=shutil.disk_usage(path).free)
+    return dataclasses.replace(machine, nvme=shutil.disk_usage(path).free)
 
 
 def _cheapest(config: Config, machine: Machine, sizes: _Sizes) -> str | None:

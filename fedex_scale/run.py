@@ -19,7 +19,9 @@ from fedex_scale import card, distributed, evaluation, faults, models, phases, p
 from fedex_scale.aggregator import side_rank_of
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
-from fedex_scale.config import Config, load_config, to_dict
+from fedex_scale.config.load import load_config
+from fedex_scale.config.section import to_dict
+from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import encode

@@ -6,42 +6,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from fedex_scale.config.federation import PartitionConfig
 from fedex_scale.errors import UserError
 
 MAX_REDRAWS = 100  # of a Dirichlet split that leaves a client too little
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartitionConfig:
-    """How the rows are split over the clients."""
-
-    kind: Literal["iid", "contiguous", "dirichlet", "natural"] = "iid"
-    """Shuffled evenly; evenly in file order; uneven mixes of `column`; a client per value of it."""
-    num_clients: int = 3
-    """Clients that the rows are split over."""
-    column: str | None = None
-    """For dirichlet and natural, such as type; also counted per client in partition.json."""
-    alpha: float = 1.0
-    """Dirichlet concentration: small gives clients of few kinds, large gives equal mixes."""
-    min_examples: int = 1
-    """Dirichlet splits that leave a client fewer are drawn again."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_clients", "min_examples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"partition.{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"partition.alpha: expected a number above 0, got {self.alpha}")
-        if self.kind in ("dirichlet", "natural") and self.column is None:
-            raise UserError(
-                f"partition.column: {self.kind} splits by a column, got none; name one of the data"
-            )
 
 
 def split(rows: Dataset, config: PartitionConfig, seed: int) -> list[list[int]]:

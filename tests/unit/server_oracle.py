@@ -12,16 +12,9 @@ from layer_oracles import WEIGHTS, dense, product
 from tiny import near, random_pairs, save_adapter
 
 from fedex_scale.adapters import Adapter
-from fedex_scale.aggregator import (
-    AggregateReport,
-    AggregateSection,
-    Round,
-    Sinks,
-    aggregate,
-    default_side_rank,
-)
+from fedex_scale.aggregator import AggregateReport, Round, Sinks, aggregate, default_side_rank
 from fedex_scale.algebra import LowRank, Pair
-from fedex_scale.methods import MethodConfig
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.weights import Target
 
 SHAPES = {"model.layers.0.q_proj": (23, 17), "model.layers.0.down_proj": (150, 29)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,13 @@ from rows import write_data
 from transformers import AutoTokenizer
 
 from fedex_scale import distributed, evaluation
-from fedex_scale.adapters import LoraSection
-from fedex_scale.config import Config
-from fedex_scale.data.sources import DataConfig
-from fedex_scale.ds_config import EngineSection
+from fedex_scale.config.learning import DataConfig, EngineSection, LoraSection, ModelSection
+from fedex_scale.config.section import replace
+from fedex_scale.config.settings import Config, EvaluationSection
 from fedex_scale.errors import UserError
-from fedex_scale.evaluation import EvaluationSection, check_tasks, evaluate
+from fedex_scale.evaluation import check_tasks, evaluate
 from fedex_scale.lora_model import add_adapters
-from fedex_scale.models import ModelSection, load_model
+from fedex_scale.models import load_model
 from fedex_scale.run import check_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -61,8 +59,8 @@ def test_ready_data_pass(data_dir: str) -> None:
         ({"tasks": TASKS, "data": {"fedex_piqa": __file__}}, "not among evaluation.tasks"),
         ({"tasks": ("fedex_gsm8k", "fedex_math_suite")}, "fedex_gsm8k is there twice"),
         ({"tasks": TASKS, "data_dir": "nowhere"}, "no directory nowhere"),
-        ({"tasks": TASKS, "limit": 0}, "limit: expected at least 1"),
-        ({"tasks": TASKS, "batch_size": 0}, "batch_size: expected at least 1"),
+        ({"tasks": TASKS, "limit": 0}, "limit: expected a whole number of at least 1"),
+        ({"tasks": TASKS, "batch_size": 0}, "batch_size: expected a whole number of at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -9,12 +9,12 @@ import torch
 from resuming import write_config
 
 from fedex_scale import footprint, planning
-from fedex_scale.adapters import LoraSection
 from fedex_scale.cli import main
-from fedex_scale.config import Config, load_config
+from fedex_scale.config.learning import LoraSection, ModelSection
+from fedex_scale.config.load import load_config
+from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 from fedex_scale.machine import Machine, parse_size
-from fedex_scale.models import ModelSection
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
