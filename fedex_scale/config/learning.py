@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section
+from fedex_scale.config.words import named, shown
 
 ModuleNames = Annotated[tuple[str, ...], Field(min_length=1), AsTuple]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -51,8 +52,8 @@ class ModelSection(Section, title="model"):
             yield "model.path: missing; add it to the config"
         if self.config and (not self.random or self.path != self.config):
             yield (
-                f"model.config: {self.config} has no weights; use it with random: true and without "
-                "a path"
+                f"model.config: {named(self.config)} has no weights; use it with random: true and "
+                "without a path"
             )
         if self.random and self.quantization != "none":
             yield f"model.random: expected quantization: none, got {self.quantization}; drop one"
@@ -110,15 +111,16 @@ with warnings.catch_warnings():  # BaseModel has a deprecated method of the name
         def problems(self) -> Iterator[str]:
             if self.data_dir is not None and self.local is None:
                 yield (
-                    f"data.local: expected a file below data.data_dir ({self.data_dir}), got none; "
-                    "set data.local, or leave out data_dir and give the whole path as data.path"
+                    f"data.local: expected a file below data.data_dir ({named(self.data_dir)}), "
+                    "got none; set data.local, or leave out data_dir and give the whole path as "
+                    "data.path"
                 )
-            named = self.prompt_column is not None, self.response_column is not None
-            if any(named) != (self.schema == "columns") or any(named) != all(named):
+            given = self.prompt_column is not None, self.response_column is not None
+            if any(given) != (self.schema == "columns") or any(given) != all(given):
                 yield (
                     "data.prompt_column, data.response_column: expected both with schema: columns "
-                    f"and neither with another, got {self.prompt_column}, {self.response_column} "
-                    f"with {self.schema}; set both and data.schema=columns"
+                    f"and neither with another, got {shown(self.prompt_column)}, "
+                    f"{shown(self.response_column)} with {self.schema}; set both and data.schema=columns"
                 )
 
 

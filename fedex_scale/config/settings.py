@@ -23,7 +23,7 @@ from fedex_scale.config.learning import (
     TrainSection,
 )
 from fedex_scale.config.section import AsTuple, Count, Names, Section
-from fedex_scale.config.words import shown
+from fedex_scale.config.words import named, shown
 
 
 class RunSection(Section, title="run"):
@@ -80,7 +80,7 @@ class EvaluationSection(Section, title="evaluation"):
 
     def problems(self) -> Iterator[str]:
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            yield f"evaluation.data_dir: no directory {self.data_dir}; correct the path"
+            yield f"evaluation.data_dir: no directory {named(self.data_dir)}; correct the path"
 
     def due(self, round: int, rounds: int) -> bool:
         """Return whether the model is scored after `round` of `rounds` (0: before the first)."""

@@ -58,7 +58,7 @@ def shown(value: Any) -> str:
 
 
 def named(key: Any) -> str:
-    """Return a key that the user wrote as an error shows it."""
+    """Return a key or a path that the user wrote as an error shows it."""
     text = str(key)
     return text if text.isprintable() and len(text) <= 100 else shown(text)
 

@@ -56,9 +56,12 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _reason(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
+def _reason(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start}: {error.reason}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character {error.position}: {error.reason}"
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", str(error))
     return f"line {mark.line + 1}: {problem}" if mark else problem
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedex_scale.config.load import load_config
@@ -14,6 +16,21 @@ from fedex_scale.config.section import key_schemas, replace, to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 
+KEYS = [
+    f"{name}.{key}"
+    for name, field in Config.model_fields.items()
+    for key in key_schemas(field.annotation)
+]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 40)
+    | st.integers(min_value=10**300)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["1", "5e-4", "inf", "nan", "auto", "none", "fedex", "all-linear"])
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(SCALARS, SCALARS, max_size=2)
 MINIMAL = {"model": {"path": "some/model"}, "data": {"path": "rows.jsonl"}}
 
 
@@ -267,7 +284,17 @@ def test_an_alias_of_one_value_is_fine(load) -> None:
 
 
 def test_what_the_user_wrote_cannot_reach_the_terminal_as_commands(load) -> None:
-    for text in ('"lora\\e[31m": 1', 'lora: {"\\e[2J": 1}', 'lora: {rank: "\\e[2J"}'):
+    asked = yaml.safe_dump(MINIMAL)
+    for text in (
+        asked + 'evaluation: {data_dir: "\\e[2J"}',
+        'model: {config: "\\e[2J"}',
+        'data: {path: d, data_dir: "\\e[2J"}',
+        'data: {path: d, prompt_column: "\\e[2J"}',
+        'run: {name: "\\e[2J/"}',
+        '"lora\\e[31m": 1',
+        'lora: {"\\e[2J": 1}',
+        'lora: {rank: "\\e[2J"}',
+    ):
         with pytest.raises(UserError) as caught:
             load(text=text)
         assert "\x1b" not in str(caught.value)
@@ -342,6 +369,29 @@ def test_a_changed_copy_is_checked_like_a_new_config(load) -> None:
     carried = replace(config, aggregate=replace(config.aggregate, fold="carry"))
     with pytest.raises(UserError, match=r"^aggregate\.fold: a nf4 base cannot take a residual"):
         replace(carried, model=replace(config.model, quantization="nf4"))
+
+
+@given(data=st.data())
+def test_any_value_is_taken_as_it_is_or_refused_by_its_name(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(KEYS))
+    section, _, key = name.partition(".")
+    value = data.draw(VALUES)
+    tree = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
+    told = None
+    try:
+        taken = to_dict(Config(**tree))[section][key]
+    except UserError as error:
+        told = str(error)
+    if told is not None:
+        assert told.startswith(f"{section}.")
+        assert "\n" not in told
+        assert "pydantic" not in told
+    elif isinstance(value, str) and isinstance(taken, float):
+        assert taken == float(value)  # YAML reads 5e-4 as text
+    else:
+        assert taken == value
+        assert isinstance(taken, bool) == isinstance(value, bool)
+        assert isinstance(value, int) or not isinstance(taken, int)
 
 
 def test_settings_do_not_change_once_they_are_checked(load) -> None:
