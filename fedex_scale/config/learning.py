@@ -120,7 +120,8 @@ with warnings.catch_warnings():  # BaseModel has a deprecated method of the name
                 yield (
                     "data.prompt_column, data.response_column: expected both with schema: columns "
                     f"and neither with another, got {shown(self.prompt_column)}, "
-                    f"{shown(self.response_column)} with {self.schema}; set both and data.schema=columns"
+                    f"{shown(self.response_column)} with {self.schema}; set both and "
+                    "data.schema=columns"
                 )
 
 

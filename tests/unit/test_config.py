@@ -151,6 +151,8 @@ def test_wrong_types_say_what_was_expected(load, override: str, message: str) ->
         ("lora.rank=0", "a whole number of at least 1, got 0"),
         ("lora.alpha=0", "a number above 0"),
         ("lora.alpha=nan", "a number above 0"),
+        ("lora.alpha=.inf", "a number above 0, got inf"),
+        ("lora.alpha=1e999", "a number above 0, got '1e999'"),
         ("lora.dropout=1", "a number of at least 0 and below 1"),
         ("lora.target_modules=[]", "non-empty text or a non-empty list of text"),
         ("data.max_length=0", "a whole number of at least 1"),
