@@ -27,12 +27,11 @@ from common import Figure, Ratio, in_turns, new_peft_model, quotients, report, s
 from torch import Tensor
 
 from fedex_scale import client, rounds, saves
-from fedex_scale.adapters import LoraSection
-from fedex_scale.config import Config, FederationSection, RunSection
+from fedex_scale.config.federation import FederationSection
+from fedex_scale.config.learning import DataConfig, LoraSection, ModelSection, TrainSection
+from fedex_scale.config.settings import Config, RunSection
 from fedex_scale.data.batching import Examples
-from fedex_scale.data.sources import DataConfig
 from fedex_scale.engine import Engine
-from fedex_scale.models import ModelSection
 from fedex_scale.run import engine_for, make_directory
 from fedex_scale.saves import Saver
 from fedex_scale.state import RunDir
@@ -49,7 +48,7 @@ def benchmark(args: argparse.Namespace) -> None:
             model=ModelSection(path=args.model, dtype="float32"),
             data=DataConfig(path="none"),
             lora=LORA,
-            train=client.TrainSection(batch_size=8, micro_batch_size=8, max_steps=STEPS),
+            train=TrainSection(batch_size=8, micro_batch_size=8, max_steps=STEPS),
             federation=FederationSection(rounds=1),
         )
         engine = engine_for(config, CLIENTS)

@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import time
 import torch
 from common import Figure, Ratio, in_turns, new_peft_model, quotients, report, start
 
-from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Clients, Pair
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.deviation import measure
 
 LORA = LoraSection(rank=32, alpha=16)

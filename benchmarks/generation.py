@@ -20,12 +20,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from fedex_scale import distributed, models, scoring
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection, ModelSection
+from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.data.prompts import MATH_PROMPT, MATH_STOPS
 from fedex_scale.data.word_problems import generate
 from fedex_scale.errors import UserError
-from fedex_scale.evaluation import EvaluationSection
-from fedex_scale.models import ModelSection
 from fedex_scale.spread import spread_requests
 
 BATCH_SIZE = 16

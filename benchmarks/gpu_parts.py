@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 
 from fedex_scale import distributed, models
-from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import LowRank, Pair, compress
-from fedex_scale.client import TrainSection, take_factors
-from fedex_scale.config import Config
-from fedex_scale.data.sources import DataConfig
+from fedex_scale.client import take_factors
+from fedex_scale.config.learning import (
+    DataConfig,
+    EngineSection,
+    LoraSection,
+    ModelSection,
+    TrainSection,
+)
+from fedex_scale.config.settings import Config
 from fedex_scale.engine import (
     Engine,
-    EngineSection,
     build_engine,
     fold_targets,
     read_pairs,
@@ -28,7 +32,6 @@ from fedex_scale.engine import (
     train_step,
 )
 from fedex_scale.machine import this_machine
-from fedex_scale.models import ModelSection
 from fedex_scale.planning import make_plan
 from fedex_scale.weights import fold
 

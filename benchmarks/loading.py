@@ -66,7 +66,8 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def write_checkpoint(folder: Path, *, layers: int) -> int:
     """Write a Llama's files, a tensor at a time; return the bytes of its weights."""
-    from fedex_scale.models import ModelSection, meta_model
+    from fedex_scale.config.learning import ModelSection
+    from fedex_scale.models import meta_model
 
     config = LlamaConfig(
         hidden_size=2048,
@@ -113,8 +114,8 @@ def measure_rank(way: str, model: str) -> None:
     import deepspeed  # noqa: F401  its import is no part of a load
 
     from fedex_scale import distributed, loading
-    from fedex_scale.ds_config import EngineSection, read_ds_config
-    from fedex_scale.models import ModelSection
+    from fedex_scale.config.learning import EngineSection, ModelSection
+    from fedex_scale.ds_config import read_ds_config
 
     distributed.join_group(required=True)
     ds_config = read_ds_config(

@@ -162,7 +162,7 @@ def config_of(setting: Setting, folder: Path):
     """Return the run's config."""
     import yaml
 
-    from fedex_scale.config import load_config
+    from fedex_scale.config.load import load_config
 
     file = setting.deepspeed and str(ROOT / "ds_configs" / f"{setting.deepspeed}.json")
     small = setting.model == "small"

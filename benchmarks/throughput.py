@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from unittest.mock import patch
 
@@ -27,13 +27,13 @@ from torch.nn.functional import pad
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fedex_scale import client
-from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Pair
-from fedex_scale.client import TrainSection, train_client
+from fedex_scale.client import train_client
+from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, TrainSection
+from fedex_scale.config.section import replace
 from fedex_scale.data.batching import MASKED, Examples, collate, plan_steps
-from fedex_scale.engine import Engine, EngineSection, build_engine
+from fedex_scale.engine import Engine, build_engine
 from fedex_scale.lora_model import CLIENT, lora_layers
-from fedex_scale.models import ModelSection
 from fedex_scale.state import derive_seed
 
 LORA = LoraSection(rank=32, alpha=16)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,6 @@ from fedex_scale.tensorfile import SafetensorsReader, SafetensorsWriter, Trimmed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSection:
-    rank: int = 32
-    """R, the rank of every adapted layer."""
-    alpha: float = 16
-    """The update is applied times alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Module names, or `all-linear`: every attention and MLP projection."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank: expected at least 1, got {self.rank}; 32 is the paper's")
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"lora.alpha: expected a positive number, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout: expected 0 to below 1, got {self.dropout}")
-        if not self.target_modules:
-            raise UserError("lora.target_modules: expected names, got none; try all-linear")
-
-    @property
-    def scaling(self) -> float:
-        return lora_scaling(self.rank, self.alpha, rslora=self.use_rslora)
 
 
 class Adapter:

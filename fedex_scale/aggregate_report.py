@@ -4,47 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, get_args
 
-from fedex_scale.errors import UserError
+from fedex_scale.config.federation import AggregateSection
 from fedex_scale.side import Growth, Past
 from fedex_scale.weights import FoldStats
-
-Fold = Literal["side", "planes", "carry", "round"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AggregateSection:
-    """Where the part of the update that the adapter cannot hold goes."""
-
-    fold: Fold = "side"
-    """side: a second frozen adapter, which grows with the rounds; planes: a second matrix beside
-    each weight, for tens of rounds; carry: the base, with what rounding loses kept for the next
-    fold; round: the base, rounded at every fold, as published."""
-    side_rank: int | None = None
-    """Columns that the side adapter may come to have; none: all rounds' (K-1)R, at most 512."""
-    side_tolerance: float = 1e-3
-    """Share of a round's residual, by norm, that a layer may leave out to save columns."""
-    clip_update_norm: float | None = None
-    """Scale a client's change of the adapter down to this norm, over all factors; none: never."""
-    reject_update_norm: float | None = None
-    """Leave a client out of the round whose change has a larger norm than this; none: never."""
-
-    def __post_init__(self) -> None:
-        if self.fold not in get_args(Fold):
-            known = ", ".join(get_args(Fold))
-            raise UserError(f"aggregate.fold: expected one of {known}, got {self.fold}")
-        if self.side_rank is not None and self.side_rank < 1:
-            raise UserError(f"aggregate.side_rank: expected at least 1, got {self.side_rank}")
-        if not 0 <= self.side_tolerance < 1:
-            raise UserError(
-                "aggregate.side_tolerance: expected at least 0 and below 1, got "
-                f"{self.side_tolerance}; 0.001 leaves out a thousandth"
-            )
-        for name in ("clip_update_norm", "reject_update_norm"):
-            bound = getattr(self, name)
-            if bound is not None and not 0 < bound < math.inf:
-                raise UserError(f"aggregate.{name}: expected a positive number, got {bound}")
 
 
 @dataclass(frozen=True)

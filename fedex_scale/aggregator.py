@@ -14,7 +14,7 @@ import torch
 
 from fedex_scale import distributed
 from fedex_scale.adapters import Adapter, LayerPairs
-from fedex_scale.aggregate_report import AggregateReport, AggregateSection, LayerReport
+from fedex_scale.aggregate_report import AggregateReport, LayerReport
 from fedex_scale.algebra import (
     MAX_RANK,
     Clients,
@@ -25,9 +25,10 @@ from fedex_scale.algebra import (
     norm,
     norm_of_sum,
 )
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.deviation import Deviation, measure
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, LayerUpdate, MethodConfig
+from fedex_scale.methods import METHODS, LayerUpdate
 from fedex_scale.side import Past, grow, split
 from fedex_scale.weights import FoldStats, Target, fold
 
@@ -115,7 +116,9 @@ def side_rank_of(
     most = base_update_rank(method, num_clients, rank)
     if section.fold != "side" or not most:
         return 0
-    return section.side_rank or min(MAX_SIDE_RANK, rounds * most)
+    if section.side_rank != "auto":
+        return section.side_rank
+    return min(MAX_SIDE_RANK, rounds * most)
 
 
 def aggregate(

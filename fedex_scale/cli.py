@@ -45,6 +45,35 @@ def run(
     run_config(config, [*(overrides or []), *asked])
 
 
+@app.command("config")
+def show_settings(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="With --check: change a value."),
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Tell of one key, such as train.packing.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Look a run's YAML over; run nothing.")
+    ] = None,
+) -> None:
+    """Print a YAML of all settings with their defaults; or tell of one key, or check a file."""
+    from fedex_scale.config import describe
+    from fedex_scale.config.load import load_config
+
+    if (overrides and check is None) or (check and explain):
+        raise UserError(
+            "config: expected --check FILE [section.key=value]..., --explain KEY, or nothing; "
+            "leave out the rest"
+        )
+    if check is not None:
+        load_config(check, overrides or [])
+        typer.echo(f"{check}: every setting can be used")
+    else:
+        typer.echo(describe.explain(explain) if explain else describe.template(), nl=bool(explain))
+
+
 @app.command()
 def aggregate(
     clients: Annotated[
@@ -78,9 +107,8 @@ def aggregate(
     """Aggregate LoRA adapters exactly: any PEFT adapters, no GPU, no model in memory."""
     from rich.console import Console
 
-    from fedex_scale.aggregator import AggregateSection
+    from fedex_scale.config.federation import AggregateSection, MethodConfig
     from fedex_scale.job import Job
-    from fedex_scale.methods import MethodConfig
     from fedex_scale.offline import aggregate_files, describe, parse_weights
 
     job = Job(
@@ -89,7 +117,7 @@ def aggregate(
         clients=tuple(clients),
         weights=parse_weights(weights),
         method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
-        section=AggregateSection(fold=fold, side_rank=side_rank),
+        section=AggregateSection(fold=fold, side_rank="auto" if side_rank is None else side_rank),
         dtype=dtype,
         seed=seed,
     )
@@ -117,7 +145,7 @@ def plan(
     """Say what a config needs of a machine, from its sizes alone; exit code 1 if it cannot fit."""
     from rich.console import Console
 
-    from fedex_scale.config import load_config
+    from fedex_scale.config.load import load_config
     from fedex_scale.machine import describe_machine
     from fedex_scale.plan_table import show
     from fedex_scale.planning import make_plan
@@ -138,7 +166,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Say what this machine has and lacks; exit code 1 if the config cannot run."""
-    from fedex_scale.config import load_config
+    from fedex_scale.config.load import load_config
     from fedex_scale.doctor import examine
 
     failed = False
@@ -280,10 +308,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _tell(line: str) -> None:
     """Print a line for the user once, whatever the number of ranks."""
-    from fedex_scale import distributed
+    if "torch" in sys.modules:  # without it no ranks have met, and importing it takes seconds
+        from fedex_scale import distributed
 
-    if distributed.is_main():
-        print(line, file=sys.stderr)
+        if not distributed.is_main():
+            return
+    print(line, file=sys.stderr)
 
 
 def _tell_of_fault(reason: str) -> None:

@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import transformers
 
 from fedex_scale import distributed, faults, phases
-from fedex_scale.adapters import AdapterWriter, LoraSection
+from fedex_scale.adapters import AdapterWriter
 from fedex_scale.algebra import Pair
+from fedex_scale.config.learning import LoraSection, TrainSection
 from fedex_scale.data.batching import Examples, collate, pack, plan_steps, shard
 from fedex_scale.engine import (
-    OPTIMIZERS,
     Engine,
     Source,
     is_conv1d,
@@ -26,53 +25,11 @@ from fedex_scale.engine import (
     reset_for_client,
     train_step,
 )
-from fedex_scale.errors import ClientFailure, UserError
+from fedex_scale.errors import ClientFailure
 from fedex_scale.phases import phase
 from fedex_scale.state import ClientProgress, derive_seed
 
 CLIENT_FILE = "client.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSection:
-    """How every client trains in a round."""
-
-    local_epochs: int = 1
-    """Passes over the client's examples."""
-    max_steps: int | None = None
-    """Stop a client after so many optimizer steps; none: after its epochs."""
-    batch_size: int = 32
-    """Examples per optimizer step, over all ranks: the same result on one GPU and on eight."""
-    micro_batch_size: int = 1
-    """Examples per forward pass on one rank; what memory allows."""
-    learning_rate: float = 5e-4
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From the peak to 0 over the client's steps, after the warmup."""
-    warmup_ratio: float = 0.02
-    """Share of a client's steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 for never."""
-    optimizer: OPTIMIZERS = "adamw"
-    """adamw, or bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory."""
-    group_by_length: bool = False
-    """Batch examples of like length together: less padding, a less random order."""
-    packing: bool = False
-    """Lay a micro-batch's examples end to end in one row, blind to each other: no padding, and the
-    same loss. Pays where lengths differ much; needs a model that `models.PACKABLE` names."""
-
-    def __post_init__(self) -> None:
-        for name in ("local_epochs", "batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"train.max_steps: expected at least 1 or none, got {self.max_steps}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"train.warmup_ratio: expected 0 to below 1, got {self.warmup_ratio}")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"train.learning_rate: expected above 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

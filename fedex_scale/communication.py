@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from fedex_scale.aggregator import base_update_rank
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.methods import METHODS
 
 Shapes = Mapping[str, tuple[int, int]]
 

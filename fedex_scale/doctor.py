@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedex_scale import evaluation, models
-from fedex_scale.config import Config
+from fedex_scale.config.settings import Config
 from fedex_scale.ds_config import read_ds_config
 from fedex_scale.errors import UserError
 from fedex_scale.machine import available_ram

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedex_scale import distributed
+from fedex_scale.config.learning import EngineSection
 from fedex_scale.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSection:
-    deepspeed: str | None = None
-    """A DeepSpeed JSON, such as ds_configs/zero3_offload.json; none: plain PyTorch."""
-    nvme_path: str | None = None
-    """Directory on a local NVMe, for ds_configs/zero3_nvme.json."""
 
 
 def read_ds_config(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedex_scale import distributed, lora_model, models
-from fedex_scale.adapters import LoraSection
 from fedex_scale.algebra import Pair
-from fedex_scale.ds_config import EngineSection, read_ds_config
+from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, Optimizer
+from fedex_scale.ds_config import read_ds_config
 from fedex_scale.loading import load_base
 from fedex_scale.lora_model import CLIENT, SIDE
-from fedex_scale.models import ModelSection
 from fedex_scale.parameters import Source, read_float32, read_whole, resident, resize, write_pair
 from fedex_scale.weights import Target
-
-OPTIMIZERS = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +52,7 @@ def build_engine(
     *,
     trains: frozenset[str],
     side_rank: int,
-    optimizer: OPTIMIZERS,
+    optimizer: Optimizer,
     micro_batch_size: int,
     accumulation: int,
     weight_decay: float,
@@ -297,7 +294,7 @@ def _lend_shard(engine: Engine, weight: nn.Parameter) -> Iterator[Tensor]:
 
 
 def _optimizer(
-    kind: OPTIMIZERS, parameters: list[nn.Parameter], weight_decay: float
+    kind: Optimizer, parameters: list[nn.Parameter], weight_decay: float
 ) -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)

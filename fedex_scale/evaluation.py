@@ -9,10 +9,9 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale import distributed, stock_tasks
+from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.data.sources import cause_of
 from fedex_scale.data.suites import data_root
 from fedex_scale.errors import UserError
@@ -32,51 +32,6 @@ if TYPE_CHECKING:
 
 TASKS_DIR = Path(__file__).parents[1] / "eval" / "tasks"
 BOOTSTRAPS = 1000  # for standard errors that have no formula; a mean's has one
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSection:
-    """What is scored, and when."""
-
-    tasks: tuple[str, ...] = ()
-    """lm-eval tasks and groups: this project's (eval/tasks) or stock ones; none: no scoring."""
-    data: dict | None = None
-    """Task name -> local .json or .jsonl file to score on, in place of the hub's data; of a stock
-    task also {test: FILE, train: FILE}, as its own splits are called."""
-    data_dir: str | None = None
-    """Where test sets lie as in docs/evaluation.md; none: the variable FEDEX_SCALE_DATA."""
-    limit: int | None = None
-    """Score the first so many examples of each task; none: all."""
-    before: bool = True
-    """Score before the first round, too."""
-    every_rounds: int | None = None
-    """Score after every so many rounds; none: after the last only."""
-    num_fewshot: int | None = None
-    """Examples in a stock task's prompt; none: as the task has it."""
-    batch_size: int | Literal["auto"] = 16
-    """Prompts generated at once; auto: as many as fit."""
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "every_rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"evaluation.{name}: expected at least 1 or none, got {value}")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise UserError(
-                f"evaluation.num_fewshot: expected at least 0 or none, got {self.num_fewshot}"
-            )
-        if self.batch_size != "auto" and self.batch_size < 1:
-            raise UserError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
-        if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise UserError(f"evaluation.data_dir: no directory {self.data_dir}; correct the path")
-
-    def due(self, round: int, rounds: int) -> bool:
-        """Return whether the model is scored after `round` of `rounds` (0: before the first)."""
-        if not self.tasks:
-            return False
-        if round == 0:
-            return self.before
-        return round == rounds or bool(self.every_rounds and round % self.every_rounds == 0)
 
 
 def check_tasks(section: EvaluationSection) -> None:

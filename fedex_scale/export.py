@@ -18,7 +18,7 @@ from fedex_scale import distributed
 from fedex_scale.adapters import Adapter, AdapterWriter, write_joined
 from fedex_scale.algebra import LowRank, Pair, compress, norm, stack
 from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
-from fedex_scale.config import Config
+from fedex_scale.config.settings import Config
 from fedex_scale.engine import Engine, Source, is_conv1d, read_base_weight, set_single
 from fedex_scale.errors import UserError
 from fedex_scale.history import History

@@ -24,11 +24,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
 from fedex_scale import lora_model, models
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.errors import UserError
 from fedex_scale.head import PIECE
 from fedex_scale.lora_model import CLIENT, SIDE
-from fedex_scale.models import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)

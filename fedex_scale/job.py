@@ -12,7 +12,6 @@ import torch
 from fedex_scale.adapters import Adapter
 from fedex_scale.aggregator import (
     MAX_SIDE_RANK,
-    AggregateSection,
     Round,
     base_update_rank,
     check_clients,
@@ -20,8 +19,9 @@ from fedex_scale.aggregator import (
 )
 from fedex_scale.algebra import normalise_weights
 from fedex_scale.basefiles import BaseFiles, BaseWriter, base_directory
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.methods import METHODS
 from fedex_scale.outputs import check_out
 from fedex_scale.tensorfile import SafetensorsReader
 
@@ -40,7 +40,8 @@ def prepare(job: Job) -> Plan:
     side_rank = 0
     if job.section.fold == "side" and update_rank:
         most = MAX_RANK_OF_MANY if is_streamed(len(adapters), rank) else MAX_SIDE_RANK
-        side_rank = job.section.side_rank or min(update_rank, most)
+        side_rank = job.section.side_rank
+        side_rank = min(update_rank, most) if side_rank == "auto" else side_rank
     if job.method.assign == "keep" and (
         side_rank < update_rank or is_streamed(len(adapters), rank)
     ):

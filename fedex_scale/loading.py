@@ -22,8 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fedex_scale import models
 from fedex_scale.basefiles import INDEX_FILE, WEIGHTS_FILE, BaseFiles, base_directory
+from fedex_scale.config.learning import ModelSection
 from fedex_scale.errors import UserError
-from fedex_scale.models import ModelSection
 from fedex_scale.parameters import partitioner, slice_of
 from fedex_scale.state import derive_seed
 from fedex_scale.tensorfile import BLOCK_BYTES

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.errors import UserError
 from fedex_scale.head import compute_loss_in_pieces
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -22,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedex_scale.config.learning import ModelSection
 from fedex_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,43 +28,6 @@ log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "model_configs"
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    path: str = ""
-    """Hub id or directory of a causal language model."""
-    config: str | None = None
-    """Instead of a path, with random: a config.json, or the name of one that comes along:
-    mistral-7b, gemma2-9b, llama32-3b, smollm2-135m. Its tokens are bytes."""
-    random: bool = False
-    """Draw the weights and load none: for trying out sizes."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16, but float32 on a CPU that does not multiply bfloat16 fast."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """auto: eager for Gemma-2, whose soft-capping rules out sdpa; sdpa otherwise."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more compute."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
-    """Hold the frozen base in 8 or 4 bits (bitsandbytes)."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose authors you trust."""
-
-    def __post_init__(self) -> None:
-        if not (self.path or self.config):
-            raise UserError("model.path: missing; add it to the config")
-        if self.config and (not self.random or self.path not in ("", self.config)):
-            raise UserError(
-                f"model.config: {self.config} has no weights; use it with random: true and without "
-                "a path"
-            )
-        if self.random and self.quantization != "none":
-            raise UserError(
-                f"model.random: expected quantization: none, got {self.quantization}; drop one"
-            )
-        object.__setattr__(self, "path", self.path or self.config)
 
 
 def resolve_dtype(section: ModelSection) -> torch.dtype:

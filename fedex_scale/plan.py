@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fedex_scale.aggregator import base_update_rank, side_rank_of
-from fedex_scale.config import Config
+from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 from fedex_scale.footprint import Weights, Work
 from fedex_scale.machine import Machine

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import add, mul
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,7 +18,8 @@ from fedex_scale import distributed, footprint, models
 from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.client import num_steps
 from fedex_scale.communication import Traffic, traffic
-from fedex_scale.config import Config
+from fedex_scale.config.section import replace
+from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 from fedex_scale.footprint import Weights, Work
 from fedex_scale.machine import Machine, this_machine
@@ -169,26 +172,26 @@ class Side:
         )
 
 
-def side_rank_that_fits(config: Config) -> int | None:
-    """Return the largest aggregate.side_rank, of the default one halved again and again, for which
-    this machine has room, activations left aside; None where the setting is to stay.
+def side_rank_that_fits(config: Config) -> int | Literal["auto"]:
+    """Return aggregate.side_rank, halved again and again until this machine has room for it.
 
-    So where it is given or not asked for, where there are several machines, or nothing fits.
+    Activations are left aside. It stays as it is where it is given, where there are several
+    machines, and where all of it or nothing fits.
     """
-    machine = this_machine()
-    if config.aggregate.side_rank or machine.gpus != distributed.world_size():
-        return None
+    given, machine = config.aggregate.side_rank, this_machine()
+    if given != "auto" or machine.gpus != distributed.world_size():
+        return given
     try:
         sizes = _Sizes(config, machine)
     except UserError:
-        return None
+        return given  # loading says so
     most = sizes.side.most
     while most >= sizes.side.each > 0:
         trial = replace(config, aggregate=replace(config.aggregate, side_rank=most))
         if _Sizes(trial, machine).estimate(trial, with_work=False).fits:
-            return most if most < sizes.side.most else None
+            return most if most < sizes.side.most else given
         most //= 2
-    return None
+    return given
 
 
 class _Sizes:
@@ -264,7 +267,7 @@ def _with_nvme(config: Config, machine: Machine) -> Machine:
             "engine.nvme_path: expected a file system for direct access (AIO) and leave to write, "
             f"got {path} ({error.strerror}); choose a directory on a local disk"
         ) from None
-    return replace(machine, nvme=shutil.disk_usage(path).free)
+    return dataclasses.replace(machine, nvme=shutil.disk_usage(path).free)
 
 
 def _cheapest(config: Config, machine: Machine, sizes: _Sizes) -> str | None:

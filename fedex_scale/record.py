@@ -18,8 +18,9 @@ import yaml
 import fedex_scale
 from fedex_scale import communication
 from fedex_scale.adapters import Adapter
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.errors import UserError, reading
-from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.methods import METHODS
 from fedex_scale.state import RunDir
 
 FORMAT = 1

@@ -21,7 +21,8 @@ from functools import partial
 
 from fedex_scale import server
 from fedex_scale.client import ClientUpdate, read_update, train_client
-from fedex_scale.config import Config, FederationSection
+from fedex_scale.config.federation import FederationSection
+from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
 from fedex_scale.engine import Engine, Source, fold_targets
 from fedex_scale.errors import UserError

@@ -29,7 +29,10 @@ from fedex_scale import (
 from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.checkpoint import Checkpoint, rewind
 from fedex_scale.client import num_steps
-from fedex_scale.config import Config, load_config, to_dict
+from fedex_scale.config.load import load_config
+from fedex_scale.config.section import replace as changed
+from fedex_scale.config.section import to_dict
+from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import encode
@@ -90,15 +93,15 @@ def _run_or_resume(config: Config) -> None:
 
 def with_side_rank(config: Config, found: Found) -> Config:
     """Return the config with the side adapter's columns that a run was begun with, or may have."""
-    if config.aggregate.side_rank is not None:
+    if config.aggregate.side_rank != "auto":
         return config
     if found.checkpoint is not None:
         rank = found.checkpoint.config["aggregate"]["side_rank"]
     else:
         rank = distributed.on_main(lambda: planning.side_rank_that_fits(config))
-        if rank:
+        if rank != "auto":
             _tell(f"side adapter: room for {rank} columns here (aggregate.side_rank)")
-    return replace(config, aggregate=replace(config.aggregate, side_rank=rank))
+    return changed(config, aggregate=changed(config.aggregate, side_rank=rank))
 
 
 def check_evaluation(config: Config) -> None:

@@ -20,7 +20,8 @@ from fedex_scale.adapters import Adapter
 from fedex_scale.algebra import Pair
 from fedex_scale.checkpoint import Checkpoint
 from fedex_scale.client import ClientUpdate, take_factors, write_adapter, write_client
-from fedex_scale.config import Config, to_dict
+from fedex_scale.config.section import to_dict
+from fedex_scale.config.settings import Config
 from fedex_scale.engine import Engine, Source
 from fedex_scale.errors import ClientFailure, UserError
 from fedex_scale.phases import phase
@@ -66,7 +67,7 @@ def find(config: Config, run: RunDir) -> Found:
             "run.name, or run.overwrite=true to start anew"
         )
     own = to_dict(config)
-    if own["aggregate"]["side_rank"] is None:  # what the machine that began it had room for
+    if own["aggregate"]["side_rank"] == "auto":  # what the machine that began it had room for
         own["aggregate"]["side_rank"] = found.config["aggregate"]["side_rank"]
     changed = differences(found.config, own) - FREE
     if changed - ROUNDING:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel
 from fedex_scale import distributed, evaluation, models
 from fedex_scale.adapters import Adapter
 from fedex_scale.basefiles import BaseFiles, base_directory
-from fedex_scale.config import load_config
+from fedex_scale.config.learning import ModelSection
+from fedex_scale.config.load import load_config
+from fedex_scale.config.section import replace
+from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.errors import UserError
-from fedex_scale.evaluation import EvaluationSection
-from fedex_scale.models import ModelSection
 from fedex_scale.outputs import check_out
 from fedex_scale.state import RunDir
 
@@ -67,12 +69,12 @@ def find_subject(
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype}")
-        subject = replace(subject, model=replace(subject.model, dtype=dtype))
+        subject = dataclasses.replace(subject, model=replace(subject.model, dtype=dtype))
     if not subject.section.tasks:
         raise UserError("--suite: expected at least one task, such as fedex_gsm8k, got none")
     if subject.adapter is not None:
         _check_adapter(subject.adapter, subject.model)
-    return replace(subject, out=_free(subject.out))
+    return dataclasses.replace(subject, out=_free(subject.out))
 
 
 def score(subject: Subject, out: Path) -> dict[str, Any]:

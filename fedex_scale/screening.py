@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedex_scale.adapters import Adapter, LayerPairs
-from fedex_scale.aggregate_report import AggregateSection
 from fedex_scale.aggregator import Round, check_clients
 from fedex_scale.algebra import Pair
+from fedex_scale.config.federation import AggregateSection
 from fedex_scale.errors import UserError
 
 

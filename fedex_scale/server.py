@@ -24,7 +24,7 @@ from fedex_scale.aggregator import (
 )
 from fedex_scale.algebra import LowRank, Pair
 from fedex_scale.client import open_adapter
-from fedex_scale.config import Config
+from fedex_scale.config.settings import Config
 from fedex_scale.deviation import Deviation
 from fedex_scale.engine import Engine, Source, set_adapter, set_side
 from fedex_scale.history import REPORT_FILE, History

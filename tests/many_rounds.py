@@ -18,7 +18,8 @@ from tiny import near, random_pairs, save_adapter
 from fedex_scale import distributed, server
 from fedex_scale.adapters import Adapter
 from fedex_scale.algebra import Pair
-from fedex_scale.config import Config, load_config
+from fedex_scale.config.load import load_config
+from fedex_scale.config.settings import Config
 from fedex_scale.engine import Engine, fold_targets
 from fedex_scale.lora_model import SIDE
 from fedex_scale.parameters import read_whole

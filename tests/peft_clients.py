@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedex_scale.aggregate_report import AggregateSection
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.job import Job
-from fedex_scale.methods import MethodConfig
 from fedex_scale.offline import aggregate_files
 
 WEIGHTS = (0.5, 0.2, 0.3)

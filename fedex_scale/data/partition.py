@@ -6,43 +6,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from fedex_scale.config.federation import PartitionConfig
 from fedex_scale.errors import UserError
 
 MAX_REDRAWS = 100  # of a Dirichlet split that leaves a client too little
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartitionConfig:
-    """How the rows are split over the clients."""
-
-    kind: Literal["iid", "contiguous", "dirichlet", "dirichlet_per_client", "natural"] = "iid"
-    """Shuffled evenly; evenly in file order; each value of `column` dealt out unevenly over the
-    clients; clients of one size, each with its own mix of values; a client per value."""
-    num_clients: int = 3
-    """Clients that the rows are split over."""
-    column: str | None = None
-    """For dirichlet kinds and natural, such as type; also counted per client in partition.json."""
-    alpha: float = 1.0
-    """Dirichlet concentration: small gives clients of few kinds, large gives equal mixes."""
-    min_examples: int = 1
-    """Splits of kind dirichlet that leave a client fewer are drawn again."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_clients", "min_examples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"partition.{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"partition.alpha: expected a number above 0, got {self.alpha}")
-        if self.kind not in ("iid", "contiguous") and self.column is None:
-            raise UserError(
-                f"partition.column: {self.kind} splits by a column, got none; name one of the data"
-            )
 
 
 def split(rows: Dataset, config: PartitionConfig, seed: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -29,8 +29,6 @@ MATH_STOPS = ("Instruction:", "Instruction", "Response:", "Response")
 """Where generation stops in the evaluation of GSM8K and MATH, beside the end token."""
 
 BATCH_ROWS = 1000  # tokenized at a time
-
-SchemaName = Literal["metamath", "gsm8k", "commonsense", "columns"]
 
 
 @dataclass(frozen=True)

@@ -5,64 +5,18 @@ from __future__ import annotations
 import glob
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset
 
-from fedex_scale.data.prompts import SCHEMAS, Schema, SchemaName
+from fedex_scale.config.learning import DataConfig
+from fedex_scale.data.prompts import SCHEMAS, Schema
 from fedex_scale.errors import UserError
 
 DATA_DIR_VARIABLE = "FEDEX_SCALE_DATA"
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The training rows: which, how many, and how they become examples."""
-
-    path: str
-    """A hub id such as meta-math/MetaMathQA, or a .json, .jsonl, .csv or .parquet file or glob."""
-    name: str | None = None
-    """Configuration of a hub dataset, such as main of openai/gsm8k."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    local: str | None = None
-    """File or glob below `data_dir`, read instead of `path` where a data_dir is set."""
-    data_dir: str | None = None
-    """Where `local` lies; none: the environment variable FEDEX_SCALE_DATA, if set."""
-    schema: SchemaName = "metamath"
-    """metamath (query, response), gsm8k, commonsense, or columns: the two named below."""
-    prompt_column: str | None = None
-    """For columns: the instruction, without a prompt around it."""
-    response_column: str | None = None
-    """For columns: the response that is trained."""
-    num_examples: int | None = None
-    """Rows to use; none: all."""
-    select: Literal["first", "random"] = "first"
-    """Which rows, where num_examples is fewer than there are."""
-    max_length: int = 512
-    """Tokens of an example, prompt and end token included; longer ones are cut."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_examples", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"data.{name}: expected at least 1, got {value}")
-        if self.data_dir is not None and self.local is None:
-            raise UserError(
-                f"data.local: expected a file below data.data_dir ({self.data_dir}), got none; "
-                "set data.local, or leave out data_dir and give the whole path as data.path"
-            )
-        named = self.prompt_column is not None, self.response_column is not None
-        if any(named) != (self.schema == "columns") or any(named) != all(named):
-            raise UserError(
-                "data.prompt_column, data.response_column: expected both with schema: columns "
-                f"and neither with another, got {self.prompt_column}, {self.response_column} "
-                f"with {self.schema}; set both and data.schema=columns"
-            )
 
 
 def schema_of(config: DataConfig) -> Schema:

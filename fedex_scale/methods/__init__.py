@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.methods import fedex, fedit, ffa, flexlora, flora, lora_fair
-from fedex_scale.methods.interface import LayerUpdate, Method, MethodConfig, fresh_pair
+from fedex_scale.methods.interface import LayerUpdate, Method, fresh_pair
 
 __all__ = ["METHODS", "LayerUpdate", "Method", "MethodConfig", "fresh_pair"]
 

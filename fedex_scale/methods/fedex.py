@@ -19,8 +19,9 @@ from fedex_scale.algebra import (
     mean_pair,
     residual,
 )
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.methods import flexlora, flora
-from fedex_scale.methods.interface import LayerUpdate, MethodConfig
+from fedex_scale.methods.interface import LayerUpdate
 
 
 def update(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from fedex_scale.algebra import Clients, LowRank, Pair
-from fedex_scale.errors import UserError
-
-MethodName = Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"]
-Assignment = Literal["average", "reinit", "keep", "svd"]
-METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
+from fedex_scale.config.federation import MethodConfig
 
 
 def fresh_pair(like: Pair, generator: torch.Generator) -> Pair:
@@ -54,52 +48,6 @@ class LayerUpdate(NamedTuple):
     client_update: Callable[[int], Iterable[LowRank]] | None = None
     replaces: bool = False
     note: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """Which method aggregates, and its settings."""
-
-    name: MethodName = "fedex"
-    """fedit, fedex, ffa, flora, flexlora, lora_fair or centralized."""
-    assign: Assignment = "average"
-    """fedex: what clients start from: the mean pair, a fresh one, their own, or the rank-R SVD of
-    the ideal update. What the pair lacks goes into the base."""
-    svd_rank: int | None = None
-    """fedex with `assign: average`: send only the best part of this rank of each residual."""
-    fair_lambda: float = 0.01
-    """lora_fair: price of the norm of its change to B."""
-
-    def __post_init__(self) -> None:
-        _check_choice("method.name", self.name, METHOD_NAMES)
-        _check_choice("method.assign", self.assign, get_args(Assignment))
-        if self.assign != "average" and self.name != "fedex":
-            raise UserError(
-                f"method.assign: {self.assign} needs method.name fedex, got {self.name}; "
-                "drop method.assign"
-            )
-        if self.svd_rank is not None and (self.name, self.assign) != ("fedex", "average"):
-            raise UserError(
-                f"method.svd_rank: needs method.name fedex and method.assign average, got "
-                f"{self.name} and {self.assign}; drop method.svd_rank"
-            )
-        if self.svd_rank is not None and self.svd_rank < 1:
-            raise UserError(
-                f"method.svd_rank: expected at least 1, got {self.svd_rank}; "
-                "for no base update at all choose method.name fedit"
-            )
-        if not (math.isfinite(self.fair_lambda) and self.fair_lambda > 0):
-            raise UserError(
-                f"method.fair_lambda: expected a number above 0, got {self.fair_lambda}; "
-                "the LoRA-FAIR paper uses 0.01"
-            )
-
-
-def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
-        remedy = f"did you mean {near[0]}?" if near else "choose one of them"
-        raise UserError(f"{field}: expected one of {', '.join(known)}, got {value}; {remedy}")
 
 
 class Method(NamedTuple):

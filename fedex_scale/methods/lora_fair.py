@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fedex_scale.algebra import Clients, Pair, ideal_update, mean_pair, norm_of_sum, residual
-from fedex_scale.methods.interface import LayerUpdate, MethodConfig
+from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods.interface import LayerUpdate
 
 TOLERANCE = 1e-6
 """Largest gradient of f at its minimum, relative to lambda."""

@@ -14,23 +14,15 @@ import torch
 import torch.distributed as dist
 
 from fedex_scale import distributed, head
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.algebra import LowRank, Pair
-from fedex_scale.client import TrainSection, train_client
+from fedex_scale.client import train_client
+from fedex_scale.config.learning import TrainSection
 from fedex_scale.data.batching import Examples
-from fedex_scale.engine import (
-    Engine,
-    Source,
-    EngineSection,
-    build_engine,
-    fold_targets,
-    read_base_weight,
-    read_pairs,
-    set_adapter,
-    set_side,
-)
+from fedex_scale.engine import Engine, Source, build_engine, fold_targets, read_base_weight, read_pairs, set_adapter, set_side
+from fedex_scale.config.learning import EngineSection
 from fedex_scale.methods import fresh_pair
-from fedex_scale.models import ModelSection
+from fedex_scale.config.learning import ModelSection
 from fedex_scale.weights import Target, fold
 
 RANK, SIDE_RANK = 4, 6

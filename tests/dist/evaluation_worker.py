@@ -13,10 +13,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from fedex_scale import distributed
-from fedex_scale.adapters import LoraSection
-from fedex_scale.engine import EngineSection, build_engine
-from fedex_scale.evaluation import EvaluationSection, evaluate
-from fedex_scale.models import ModelSection, load_tokenizer
+from fedex_scale.config.learning import LoraSection
+from fedex_scale.engine import build_engine
+from fedex_scale.config.learning import EngineSection
+from fedex_scale.evaluation import evaluate
+from fedex_scale.config.settings import EvaluationSection
+from fedex_scale.models import load_tokenizer
+from fedex_scale.config.learning import ModelSection
 from fedex_scale.spread import spread_requests
 
 

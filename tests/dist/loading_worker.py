@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fedex_scale import distributed, loading, models
 from fedex_scale.errors import UserError
-from fedex_scale.models import ModelSection
+from fedex_scale.config.learning import ModelSection
 
 CPU = torch.device("cpu")
 OFFLOAD = {"offload_param": {"device": "cpu"}}

@@ -144,7 +144,7 @@ def test_a_client_that_cannot_be_used(kind, tiny_llama, tmp_path, capsys, monkey
         (("--weights", "1,nan,2"), ["weights: client 1"]),
         (("--method", "fedx"), ["method.name", "did you mean fedex?"]),
         (("--method", "centralized"), ["one client"]),
-        (("--fold", "sideways"), ["side, carry or round"]),
+        (("--fold", "sideways"), ["one of side, carry, round"]),
         (("--side-rank", "0"), ["side_rank"]),
         (("--dtype", "int8"), ["dtype: expected float32"]),
         (("--assign", "keep", "--fold", "round"), ["assign: keep"]),

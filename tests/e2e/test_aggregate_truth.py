@@ -29,9 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_scale.aggregate_report import AggregateSection
 from fedex_scale.algebra import Pair
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.errors import UserError
 from fedex_scale.job import Job
-from fedex_scale.methods import MethodConfig
 from fedex_scale.offline import aggregate_files
 
 METHODS = "fedit fedex fedex-reinit fedex-svd fedex-keep flora flexlora lora_fair ffa".split()

@@ -10,7 +10,7 @@ from tiny import SIZES
 from transformers import AutoConfig
 
 from fedex_scale.cli import main
-from fedex_scale.config import load_config
+from fedex_scale.config.load import load_config
 from fedex_scale.run import engine_for
 
 CASES = {
@@ -18,12 +18,12 @@ CASES = {
     "model.path=./nowhere": "no config.json",
     "data.path=nowhere.jsonl": "found none",
     "lora.target_modules=[nonsense]": "match nothing",
-    "lora.rank=0": "expected at least 1, got 0",
+    "lora.rank=0": "expected a whole number of at least 1, got 0",
     "partition.num_clients=31": "at most one per example (30), got 31",
     "run.dir=/proc/runs": "cannot write",
     "engine.deepspeed=nowhere.json": "choose a file of ds_configs",
     "evaluation.tasks=[fedex_word_problem]": "did you mean fedex_word_problems",
-    "run.trackers=[tensorbord]": "expected any of tensorboard",
+    "run.trackers=[tensorbord]": "expected a list of any of tensorboard",
     "method.name=fedx": "fedex",
     "no_equals_sign": "expected section.key=value",
 }

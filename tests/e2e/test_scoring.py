@@ -189,7 +189,7 @@ def test_what_cannot_be_scored_is_told_in_one_line(
         (tiny_llama, final, asked, "as its run changed the base"),
         (tiny_gpt2, exact, asked, "expects a weight of shape"),
         (tiny_llama, None, {}, "--suite: expected at least one task"),
-        (run, None, {"limit": 0}, r"evaluation\.limit: expected at least 1"),
+        (run, None, {"limit": 0}, r"evaluation\.limit: expected a whole number of at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             find_subject(str(model), adapter, options)

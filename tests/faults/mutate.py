@@ -65,9 +65,8 @@ def is_read(path: Path) -> bool:
 def aggregate(base: Path, clients: Path, out: Path) -> None:
     from rich.console import Console
 
-    from fedex_scale.aggregator import AggregateSection
+    from fedex_scale.config.federation import AggregateSection, MethodConfig
     from fedex_scale.job import Job
-    from fedex_scale.methods import MethodConfig
     from fedex_scale.offline import aggregate_files
 
     folders = tuple(sorted(clients.iterdir()))

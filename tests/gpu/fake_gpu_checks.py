@@ -19,14 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedex_scale import engine as engines
 from fedex_scale import models
-from fedex_scale.adapters import Adapter, LoraSection
-from fedex_scale.aggregator import AggregateSection, Round, Sinks, aggregate
+from fedex_scale.adapters import Adapter
+from fedex_scale.aggregator import Round, Sinks, aggregate
 from fedex_scale.algebra import LowRank, Pair
 from fedex_scale.client import take_factors
+from fedex_scale.config.federation import AggregateSection, MethodConfig
+from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
 from fedex_scale.data.batching import Examples, collate, pack
-from fedex_scale.engine import Engine, EngineSection, build_engine
-from fedex_scale.methods import METHODS, MethodConfig, ffa
-from fedex_scale.models import ModelSection
+from fedex_scale.engine import Engine, build_engine
+from fedex_scale.methods import METHODS, ffa
 from fedex_scale.weights import Target, fold
 
 

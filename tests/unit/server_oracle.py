@@ -12,16 +12,9 @@ from layer_oracles import WEIGHTS, dense, product
 from tiny import near, random_pairs, save_adapter
 
 from fedex_scale.adapters import Adapter
-from fedex_scale.aggregator import (
-    AggregateReport,
-    AggregateSection,
-    Round,
-    Sinks,
-    aggregate,
-    base_update_rank,
-)
+from fedex_scale.aggregator import AggregateReport, Round, Sinks, aggregate, base_update_rank
 from fedex_scale.algebra import LowRank, Pair, stack
-from fedex_scale.methods import MethodConfig
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.weights import Target
 
 SHAPES = {"model.layers.0.q_proj": (23, 17), "model.layers.0.down_proj": (150, 29)}
@@ -49,7 +42,7 @@ def run_round(
 ) -> AggregateReport:
     """Aggregate, and let the server hold the results."""
     method = MethodConfig(name=method) if isinstance(method, str) else method
-    section = AggregateSection(fold=fold, side_rank=side_rank)
+    section = AggregateSection(fold=fold, side_rank="auto" if side_rank is None else side_rank)
     if side_rank is None:
         side_rank = base_update_rank(method, len(clients), RANK)
     with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:

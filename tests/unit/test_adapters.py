@@ -16,14 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import logits, near, random_pairs, save_adapter
 from transformers import AutoModelForCausalLM
 
-from fedex_scale.adapters import (
-    Adapter,
-    AdapterWriter,
-    LayerPairs,
-    LoraSection,
-    write_joined,
-)
+from fedex_scale.adapters import Adapter, AdapterWriter, LayerPairs, write_joined
 from fedex_scale.algebra import LowRank, Pair
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.tensorfile import SafetensorsWriter
 
 SHAPES = {"model.layers.0.q_proj": (23, 17), "model.layers.0.up_proj": (29, 17)}

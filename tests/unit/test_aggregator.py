@@ -32,9 +32,9 @@ from server_oracle import (
 from tiny import random_pairs, save_adapter
 
 from fedex_scale.adapters import Adapter
-from fedex_scale.aggregator import AggregateSection, base_update_rank, side_rank_of
+from fedex_scale.aggregator import base_update_rank, side_rank_of
 from fedex_scale.algebra import Pair, normalise_weights
-from fedex_scale.methods import MethodConfig
+from fedex_scale.config.federation import AggregateSection, MethodConfig
 
 EXACT_FOLDS = [*((FLOAT32, fold) for fold in FOLDS), (BF16, "side"), (BF16, "carry")]
 

@@ -22,8 +22,8 @@ from server_oracle import (
 )
 from tiny import random_pairs, save_adapter
 
-from fedex_scale.aggregator import AggregateSection
 from fedex_scale.algebra import LowRank, Pair
+from fedex_scale.config.federation import AggregateSection
 from fedex_scale.errors import UserError
 
 

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from fedex_scale.adapters import LoraSection
-from fedex_scale.client import ClientUpdate, TrainSection, learning_rate, num_steps
-from fedex_scale.config import FederationSection
+from fedex_scale.client import ClientUpdate, learning_rate, num_steps
+from fedex_scale.config.federation import FederationSection
+from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, TrainSection
 from fedex_scale.data.batching import plan_steps
-from fedex_scale.engine import EngineSection, build_engine, train_step
-from fedex_scale.models import ModelSection
+from fedex_scale.engine import build_engine, train_step
 from fedex_scale.rounds import choose_clients, client_weights
 
 UPDATE = ClientUpdate(

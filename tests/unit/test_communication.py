@@ -12,8 +12,8 @@ from rich.console import Console
 
 from fedex_scale.adapters import Adapter
 from fedex_scale.communication import FULL, PAPER_MODELS, compare, size, table, traffic
+from fedex_scale.config.federation import MethodConfig
 from fedex_scale.errors import UserError
-from fedex_scale.methods import MethodConfig
 from fedex_scale.run import run_config
 
 SHAPES = {"q": (5, 3), "up": (11, 7)}

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
+import os
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from fedex_scale.config import Config, load_config, to_dict
+from fedex_scale.config.load import load_config
+from fedex_scale.config.section import key_schemas, replace, to_dict
+from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 
+KEYS = [
+    f"{name}.{key}"
+    for name, field in Config.model_fields.items()
+    for key in key_schemas(field.annotation)
+]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 40)
+    | st.integers(min_value=10**300)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["1", "5e-4", "inf", "nan", "auto", "none", "fedex", "all-linear"])
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(SCALARS, SCALARS, max_size=2)
 MINIMAL = {"model": {"path": "some/model"}, "data": {"path": "rows.jsonl"}}
 
 
@@ -96,66 +115,71 @@ def test_unknown_keys_name_the_nearest(load, override: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.rank=4.5", "lora.rank: expected a whole number, got 4.5"),
-        ("lora.rank=true", "lora.rank: expected a whole number, got True"),
-        ("lora.rank=", "lora.rank: expected a whole number, got None"),
-        ("lora.alpha=big", "lora.alpha: expected a number, got 'big'"),
-        ("lora.alpha=true", "lora.alpha: expected a number, got True"),
-        ("run.name=5", "run.name: expected text, got 5"),
-        ("run.overwrite=1", "run.overwrite: expected true or false, got 1"),
-        ("train.max_steps=all", "train.max_steps: expected a whole number or nothing, got 'all'"),
-        ("run.trackers=wandb", "run.trackers: expected a list of text, got 'wandb'"),
-        ("run.profile_steps=3", "run.profile_steps: expected a list of whole numbers, got 3"),
-        ("evaluation.tasks=[5]", "evaluation.tasks: expected a list of text, got [5]"),
-        ("lora.target_modules=[1, 2]", "lora.target_modules: expected text or a list of text"),
-        ("aggregate.fold=up", "aggregate.fold: expected one of side, carry, round, got 'up'"),
-        ("method.name=fedx", "method.name: expected one of fedit, fedex"),
-        ("lora=7", "lora: expected a section with keys, got 7"),
+        ("lora.rank=4.5", "a whole number of at least 1, got 4.5; the default is 32"),
+        ("lora.rank=true", "a whole number of at least 1, got true"),
+        ("lora.rank=", "a whole number of at least 1, got null"),
+        ("lora.alpha=big", "a number above 0, got 'big'"),
+        ("lora.alpha=true", "a number above 0, got true"),
+        ("run.name=5", "text, got 5"),
+        ("run.overwrite=1", "true or false, got 1"),
+        ("train.max_steps=all", "a whole number of at least 1 or null, got 'all'"),
+        ("run.trackers=wandb", "a list of any of tensorboard, wandb, trackio"),
+        ("run.profile_steps=3", "a list of whole numbers of at least 1, got 3"),
+        ("evaluation.tasks=[5]", "a list of text, got [5]"),
+        ("lora.target_modules=[1, 2]", "non-empty text or a non-empty list of text"),
+        ("aggregate.fold=up", "one of side, planes, carry, round, got 'up'"),
+        ("method.name=fedx", "one of fedit, fedex"),
+        ("lora=7", "a section with keys, got 7"),
     ],
 )
 def test_wrong_types_say_what_was_expected(load, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load(override)
-    assert message in str(caught.value)
+    assert f"{override.partition('=')[0]}: expected {message}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.name=a/b", "run.name: expected a plain name"),
-        ("run.name=..", "run.name: expected a plain name"),
-        ("run.name=.", "run.name: expected a plain name"),
-        ("run.name=''", "run.name: expected a plain name"),
-        ("run.trackers=[mlflow]", "run.trackers: expected any of tensorboard, wandb, trackio"),
-        ("run.profile_steps=[3, 0]", "run.profile_steps: expected numbers from 1, got [3, 0]"),
-        ("lora.rank=0", "lora.rank: expected at least 1, got 0"),
-        ("lora.alpha=0", "lora.alpha: expected a positive number"),
-        ("lora.alpha=nan", "lora.alpha: expected a positive number"),
-        ("lora.dropout=1", "lora.dropout: expected 0 to below 1"),
-        ("lora.target_modules=[]", "lora.target_modules: expected names, got none"),
-        ("data.max_length=0", "data.max_length: expected at least 1"),
-        ("partition.num_clients=0", "partition.num_clients: expected at least 1"),
-        ("federation.rounds=0", "federation.rounds: expected at least 1"),
-        ("federation.client_fraction=0", "federation.client_fraction: expected a number above 0"),
-        ("federation.client_fraction=1.5", "federation.client_fraction: expected a number above 0"),
-        ("method.svd_rank=0", "method.svd_rank: expected at least 1"),
-        ("aggregate.side_rank=0", "aggregate.side_rank: expected at least 1"),
-        ("train.batch_size=0", "train.batch_size: expected at least 1"),
-        ("train.micro_batch_size=0", "train.micro_batch_size: expected at least 1"),
-        ("train.local_epochs=0", "train.local_epochs: expected at least 1"),
-        ("train.max_steps=0", "train.max_steps: expected at least 1 or none"),
-        ("train.warmup_ratio=1", "train.warmup_ratio: expected 0 to below 1"),
-        ("train.learning_rate=0", "train.learning_rate: expected above 0"),
-        ("train.learning_rate=nan", "train.learning_rate: expected above 0"),
-        ("evaluation.limit=0", "evaluation.limit: expected at least 1 or none"),
-        ("evaluation.batch_size=0", "evaluation.batch_size: expected at least 1"),
+        ("run.name=a/b", "a plain name"),
+        ("run.name=..", "a plain name"),
+        ("run.name=.", "a plain name"),
+        ("run.name=''", "a plain name"),
+        ("run.trackers=[mlflow]", "a list of any of tensorboard, wandb, trackio, got ['mlflow']"),
+        ("run.profile_steps=[3, 0]", "a list of whole numbers of at least 1, got [3, 0]"),
+        ("lora.rank=0", "a whole number of at least 1, got 0"),
+        ("lora.alpha=0", "a number above 0"),
+        ("lora.alpha=nan", "a number above 0"),
+        ("lora.alpha=.inf", "a number above 0, got inf"),
+        ("lora.alpha=1e999", "a number above 0, got '1e999'"),
+        ("lora.dropout=1", "a number of at least 0 and below 1"),
+        ("lora.target_modules=[]", "non-empty text or a non-empty list of text"),
+        ("data.max_length=0", "a whole number of at least 1"),
+        ("partition.num_clients=0", "a whole number of at least 1"),
+        ("federation.rounds=0", "a whole number of at least 1"),
+        ("federation.client_fraction=0", "a number above 0"),
+        ("federation.client_fraction=1.5", "a number above 0"),
+        ("method.svd_rank=0", "a whole number of at least 1 or null, got 0"),
+        ("aggregate.side_rank=0", "a whole number of at least 1"),
+        ("train.batch_size=0", "a whole number of at least 1"),
+        ("train.micro_batch_size=0", "a whole number of at least 1"),
+        ("train.local_epochs=0", "a whole number of at least 1"),
+        ("train.max_steps=0", "a whole number of at least 1 or null"),
+        ("train.warmup_ratio=1", "a number of at least 0 and below 1"),
+        ("train.learning_rate=0", "a number above 0"),
+        ("train.learning_rate=nan", "a number above 0"),
+        ("train.weight_decay=-1", "a number of at least 0"),
+        ("train.max_grad_norm=nan", "a number of at least 0"),
+        ("evaluation.data={a: 5}", "a mapping of names to text or a mapping of names to text or"),
+        ("evaluation.limit=0", "a whole number of at least 1 or null"),
+        ("evaluation.batch_size=0", "a whole number of at least 1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(load, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load(override)
-    assert message in str(caught.value)
+    assert f"{override.partition('=')[0]}: expected {message}" in str(caught.value)
 
 
 def test_all_problems_are_named_at_once(load) -> None:
@@ -171,7 +195,8 @@ def test_all_problems_are_named_at_once(load) -> None:
     message = str(caught.value)
     for part in (
         "lora.rnak: unknown key",
-        "train.batch_size: expected a whole number",
+        "train.batch_size: expected a whole number of at least 1, got 'many'",
+        "federation.rounds: expected a whole number of at least 1, got 0",
         "aggregate.fold: expected one of",
         "federation.bogus: unknown key",
         "model.dtype: expected one of auto, float32, bfloat16",
@@ -184,9 +209,9 @@ def test_a_model_needs_a_path_or_a_config(load) -> None:
         load(model={"dtype": "float32"})
 
 
-def test_missing_sections_are_named() -> None:
+def test_missing_sections_are_named(load) -> None:
     with pytest.raises(UserError) as caught:
-        load_config("/dev/null")
+        load(text="")
     assert str(caught.value) == (
         "model: missing; add it to the config; data: missing; add it to the config"
     )
@@ -228,6 +253,65 @@ def test_files_that_are_no_config(load, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: {rank: 4}\ntrain: {}\nlora: {rank: 5}\n", "line 3: 'lora' is there twice"),
+        ("lora: {rank: 4, rank: 5}\n", "line 1: 'rank' is there twice"),
+        ("run: {name: !!python/name:os.system x}\n", "line 1: expected no tag, got"),
+        ("run: {seed: !!int '3'}\n", "line 1: expected no tag, got"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2: expected an alias of one value"),
+        ("a: &a [*a]\n", "line 1: expected an alias of one value"),
+        ("? [a, b]\n: 1\n", "line 1: expected a name as key"),
+        ("a: " + 30 * "[" + 30 * "]", "line 1: more than 10,000 values, or 20 within each other"),
+        ("a: " + 300_000 * "[", "line 1: more than 10,000 values, or 20 within each other"),
+        ("a: [" + 10_000 * "1, " + "1]", "line 1: more than 10,000 values, or 20 within"),
+        ("run: {seed: " + 9_000 * "9" + "}\n", "not valid YAML"),
+        ("run: {name: " + 10_001 * "x" + "}\n", "line 1: expected at most 10,000 characters"),
+        ('run: {name: "a\\0b"}\n', "line 1: expected at most 10,000 characters, and no NUL"),
+        ("run: {name: 2024-99-99}\n", "not valid YAML (month must be"),
+        ("#" * 1_000_001, "expected at most 1,000,000 bytes, got more"),
+    ],
+)
+def test_yaml_that_no_settings_need_is_refused_on_one_line(load, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(text=text)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_alias_of_one_value_is_fine(load) -> None:
+    config = load(text="model: {path: &name m}\ndata: {path: d, local: *name}\n")
+    assert config.data.local == "m"
+
+
+def test_what_the_user_wrote_cannot_reach_the_terminal_as_commands(load) -> None:
+    asked = yaml.safe_dump(MINIMAL)
+    for text in (
+        asked + 'evaluation: {data_dir: "\\e[2J"}',
+        'model: {config: "\\e[2J"}',
+        'data: {path: d, data_dir: "\\e[2J"}',
+        'data: {path: d, prompt_column: "\\e[2J"}',
+        'run: {name: "\\e[2J/"}',
+        '"lora\\e[31m": 1',
+        'lora: {"\\e[2J": 1}',
+        'lora: {rank: "\\e[2J"}',
+    ):
+        with pytest.raises(UserError) as caught:
+            load(text=text)
+        assert "\x1b" not in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        load("lora.rank=" + "x" * 9_000, "y" * 9_000 + "=1")
+    assert len(str(caught.value)) < 1_000
+
+
+def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=r"^--config: cannot read .* \(not a regular file\)"):
+            load_config(path)
+
+
 @pytest.mark.parametrize("name", ["none.yaml", "."])
 def test_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--config: cannot read"):
@@ -252,15 +336,72 @@ def test_the_resolved_config_loads_again_as_itself(load, tmp_path: Path, monkeyp
     assert to_dict(load_config(path)) == to_dict(config)
 
 
-def test_every_setting_is_explained_where_it_is_defined() -> None:
-    """A string stands under each field of each section, as the style of the configs has it."""
-    import ast
-    import inspect
+def test_a_saved_config_is_plain_data_in_the_form_it_always_had(load) -> None:
+    saved = to_dict(load("run.profile_steps=[3]", "lora.alpha=8", "train.max_grad_norm=.inf"))
+    assert list(saved) == (
+        "run model lora data partition federation method aggregate train engine evaluation".split()
+    )
+    assert saved["lora"] == {
+        "rank": 32,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "use_rslora": False,
+    }
+    assert list(saved["evaluation"].items())[:2] == [("tasks", []), ("data", None)]
+    assert saved["run"]["profile_steps"] == [3]
+    assert saved["train"]["max_grad_norm"] == float("inf")
+    kinds = {type(value) for section in saved.values() for value in section.values()}
+    assert kinds <= {str, int, float, bool, list, dict, type(None)}
 
-    for field in dataclasses.fields(Config):
-        section = typing.get_type_hints(Config)[field.name]
-        body = ast.parse(inspect.getsource(section)).body[0].body
-        for statement, following in zip(body, [*body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign):
-                explained = isinstance(following, ast.Expr)
-                assert explained, f"{field.name}.{statement.target.id}"
+
+def test_a_model_without_weights_is_known_by_its_config(load) -> None:
+    config = load(model={"config": "mistral-7b", "random": True})
+    assert to_dict(config)["model"]["path"] == config.model.path == "mistral-7b"
+
+
+def test_a_changed_copy_is_checked_like_a_new_config(load) -> None:
+    config = load()
+    other = replace(config, lora=replace(config.lora, rank=8))
+    assert (config.lora.rank, other.lora.rank, other.train) == (32, 8, config.train)
+    with pytest.raises(UserError, match=r"^lora\.rank: expected a whole number of at least 1"):
+        replace(config.lora, rank=0)
+    with pytest.raises(UserError, match=r"^lora\.rnak: unknown key; did you mean rank\?$"):
+        replace(config.lora, rnak=8)
+    carried = replace(config, aggregate=replace(config.aggregate, fold="carry"))
+    with pytest.raises(UserError, match=r"^aggregate\.fold: a nf4 base cannot take a residual"):
+        replace(carried, model=replace(config.model, quantization="nf4"))
+
+
+@given(data=st.data())
+def test_any_value_is_taken_as_it_is_or_refused_by_its_name(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(KEYS))
+    section, _, key = name.partition(".")
+    value = data.draw(VALUES)
+    tree = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
+    told = None
+    try:
+        taken = to_dict(Config(**tree))[section][key]
+    except UserError as error:
+        told = str(error)
+    if told is not None:
+        assert told.startswith(f"{section}.")
+        assert "\n" not in told
+        assert "pydantic" not in told
+    elif isinstance(value, str) and isinstance(taken, float):
+        assert taken == float(value)  # YAML reads 5e-4 as text
+    else:
+        assert taken == value
+        assert isinstance(taken, bool) == isinstance(value, bool)
+        assert isinstance(value, int) or not isinstance(taken, int)
+
+
+def test_settings_do_not_change_once_they_are_checked(load) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load().lora.rank = 8
+
+
+def test_every_setting_is_explained_where_it_is_defined() -> None:
+    for name, field in Config.model_fields.items():
+        for key, schema in key_schemas(field.annotation).items():
+            assert schema.get("description"), f"{name}.{key}"

@@ -9,7 +9,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedex_scale.data.partition import PartitionConfig, describe, split
+from fedex_scale.config.federation import PartitionConfig
+from fedex_scale.data.partition import describe, split
 from fedex_scale.errors import UserError
 
 
@@ -114,8 +115,8 @@ def test_dirichlet_redraws_for_the_smallest_client_and_gives_up():
         ({"kind": "dirichlet", "column": "kind"}, "expected one of text, type, got kind"),
         ({"column": "kind"}, "expected one of text, type, got kind"),
         ({"kind": "dirichlet"}, "splits by a column, got none"),
-        ({"num_clients": 0}, "expected at least 1, got 0"),
-        ({"min_examples": 0}, "expected at least 1, got 0"),
+        ({"num_clients": 0}, "expected a whole number of at least 1"),
+        ({"min_examples": 0}, "expected a whole number of at least 1"),
         ({"alpha": 0.0}, "above 0, got 0"),
         ({"alpha": float("nan")}, "above 0, got nan"),
     ],

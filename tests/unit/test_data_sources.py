@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from fedex_scale.config.learning import DataConfig
 from fedex_scale.data import sources
-from fedex_scale.data.sources import DataConfig, load_rows, schema_of
+from fedex_scale.data.sources import load_rows, schema_of
 from fedex_scale.errors import UserError
 
 ROWS = [{"query": f"q{i}", "response": f"r{i}", "type": "ab"[i % 2]} for i in range(10)]
@@ -107,8 +108,8 @@ def test_named_columns(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_examples": 0}, "expected at least 1, got 0"),
-        ({"max_length": 0}, "expected at least 1, got 0"),
+        ({"num_examples": 0}, "expected a whole number of at least 1"),
+        ({"max_length": 0}, "expected a whole number of at least 1"),
         ({"schema": "columns"}, "expected both"),
         ({"schema": "columns", "prompt_column": "a"}, "expected both"),
         ({"prompt_column": "a", "response_column": "b"}, "neither with another"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,13 @@ from tiny import make_metaspace_tokenizer
 from transformers import AutoTokenizer
 
 from fedex_scale import distributed, evaluation
-from fedex_scale.adapters import LoraSection
-from fedex_scale.config import Config
-from fedex_scale.data.sources import DataConfig
-from fedex_scale.ds_config import EngineSection
+from fedex_scale.config.learning import DataConfig, EngineSection, LoraSection, ModelSection
+from fedex_scale.config.section import replace
+from fedex_scale.config.settings import Config, EvaluationSection
 from fedex_scale.errors import UserError
-from fedex_scale.evaluation import EvaluationSection, check_tasks, evaluate
+from fedex_scale.evaluation import check_tasks, evaluate
 from fedex_scale.lora_model import add_adapters
-from fedex_scale.models import ModelSection, load_model
+from fedex_scale.models import load_model
 from fedex_scale.run import check_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +60,8 @@ def test_ready_data_pass(data_dir: str) -> None:
         ({"tasks": TASKS, "data": {"fedex_piqa": __file__}}, "not among evaluation.tasks"),
         ({"tasks": ("fedex_gsm8k", "fedex_math_suite")}, "fedex_gsm8k is there twice"),
         ({"tasks": TASKS, "data_dir": "nowhere"}, "no directory nowhere"),
-        ({"tasks": TASKS, "limit": 0}, "limit: expected at least 1"),
-        ({"tasks": TASKS, "batch_size": 0}, "batch_size: expected at least 1"),
+        ({"tasks": TASKS, "limit": 0}, "limit: expected a whole number of at least 1"),
+        ({"tasks": TASKS, "batch_size": 0}, "batch_size: expected a whole number of at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -144,7 +142,7 @@ def test_files_that_a_stock_task_lacks_are_told(data_dir: str) -> None:
     files = {"test": test, "train": f"{data_dir}/gsm8k/train.jsonl"}
     few = told(tasks=("gsm8k",), data={"gsm8k": files})
     assert "at least 5 rows to take examples from, got 3; set evaluation.num_fewshot" in few
-    assert "no file ['a']" in told(tasks=("gsm8k",), data={"gsm8k": ["a"]})
+    assert "a mapping of names to text or" in told(tasks=("gsm8k",), data={"gsm8k": ["a"]})
     files = {"test": test, "train": "none.jsonl"}
     assert "no file none.jsonl" in told(tasks=("gsm8k",), data={"gsm8k": files})
     ours = {"tasks": ("fedex_gsm8k",), "data_dir": data_dir}

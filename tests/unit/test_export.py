@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_scale import server
 from fedex_scale.adapters import Adapter
-from fedex_scale.config import Config, load_config
+from fedex_scale.config.load import load_config
+from fedex_scale.config.settings import Config
 from fedex_scale.engine import Engine, fold_targets
 from fedex_scale.errors import UserError
 from fedex_scale.export import show_handed_over, write_final

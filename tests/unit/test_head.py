@@ -11,9 +11,9 @@ from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedex_scale import head, lora_model, models
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.data.batching import MASKED
-from fedex_scale.models import CONFIGS, ModelSection
+from fedex_scale.models import CONFIGS
 
 VOCABULARY, TRAINED = SIZES["vocab_size"], 23
 

@@ -35,7 +35,6 @@ ORDER = (
     "saves",
     "export",
     "server",
-    "config",
     "client",
     "screening",
     "card",
@@ -70,6 +69,7 @@ ORDER = (
     "tensorfile",
     "checkpoint",
     "outputs",
+    "config",
     "faults",
     "phases",
     "distributed",
@@ -101,10 +101,20 @@ def test_few_modules_import_deepspeed() -> None:
     assert importers <= {"engine", "parameters", "weights"}
 
 
-def test_methods_know_torch_and_nothing_else() -> None:
-    allowed = {"torch", *sys.stdlib_module_names, *(f"fedex_scale.{m}" for m in (*PURE, "errors"))}
+def test_methods_know_torch_and_their_settings_and_nothing_else() -> None:
+    own = (f"fedex_scale.{m}" for m in (*PURE, "config", "errors"))
+    allowed = {"torch", *sys.stdlib_module_names, *own}
     for file in FILES:
         if level(file) in PURE:
+            for module in imported(file):
+                assert any(is_in(name, module) for name in allowed), f"{file.name}: {module}"
+
+
+def test_settings_know_errors_and_nothing_else() -> None:
+    own = ("fedex_scale.config", "fedex_scale.errors")
+    allowed = {"pydantic", "yaml", *sys.stdlib_module_names, *own}
+    for file in FILES:
+        if level(file) == "config":
             for module in imported(file):
                 assert any(is_in(name, module) for name in allowed), f"{file.name}: {module}"
 

@@ -8,7 +8,8 @@ from layer_oracles import dense_ideal, dense_mean, make_clients, product
 from torch import Tensor
 
 from fedex_scale.algebra import Clients, Pair, normalise_weights
-from fedex_scale.methods import METHODS, MethodConfig
+from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods import METHODS
 from fedex_scale.methods.lora_fair import minimise
 
 

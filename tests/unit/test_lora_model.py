@@ -11,10 +11,9 @@ from tiny import SIZES, logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedex_scale import lora_model, models
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.errors import UserError
 from fedex_scale.lora_model import CLIENT, SIDE
-from fedex_scale.models import ModelSection
 
 CPU = torch.device("cpu")
 PROJECTIONS = {

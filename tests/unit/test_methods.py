@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from layer_oracles import (
 )
 
 from fedex_scale.algebra import Clients, Pair, normalise_weights
+from fedex_scale.config.federation import MethodConfig, MethodName
 from fedex_scale.errors import UserError
-from fedex_scale.methods import METHODS, LayerUpdate, MethodConfig, fresh_pair
-from fedex_scale.methods.interface import METHOD_NAMES
+from fedex_scale.methods import METHODS, LayerUpdate, fresh_pair
 
 EXACT = [
     {"name": "fedex"},
@@ -31,7 +32,7 @@ EXACT = [
     {"name": "fedex", "assign": "svd"},
     {"name": "flora"},
 ]
-EVERY = [*EXACT, *({"name": name} for name in METHOD_NAMES), {"name": "fedex", "svd_rank": 2}]
+EVERY = [*EXACT, *({"name": name} for name in METHODS), {"name": "fedex", "svd_rank": 2}]
 
 
 def run(clients: Clients, previous: Pair | None = None, *, seed: int = 0, **config) -> LayerUpdate:
@@ -253,19 +254,19 @@ def test_fresh_pair_is_drawn_as_peft_draws_it():
 
 
 def test_every_method_has_its_name():
-    assert tuple(METHODS) == METHOD_NAMES
+    assert tuple(METHODS) == get_args(MethodName)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"name": "fedx"}, r"method\.name: .* did you mean fedex\?"),
-        ({"name": "qwerty"}, r"got qwerty; choose one"),
+        ({"name": "qwerty"}, r"got .qwerty.; the default is"),
         ({"assign": "averag"}, r"method\.assign: .* did you mean average\?"),
         ({"name": "flora", "assign": "svd"}, r"method\.assign: svd needs method\.name fedex"),
         ({"name": "fedit", "svd_rank": 4}, r"method\.svd_rank: needs"),
         ({"assign": "keep", "svd_rank": 4}, r"method\.svd_rank: needs"),
-        ({"svd_rank": 0}, r"method\.svd_rank: expected at least 1, got 0"),
+        ({"svd_rank": 0}, r"method\.svd_rank: expected a whole number of at least 1"),
         ({"fair_lambda": 0.0}, r"method\.fair_lambda: expected a number above 0"),
         ({"fair_lambda": math.nan}, r"method\.fair_lambda: expected a number above 0"),
     ],

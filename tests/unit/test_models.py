@@ -11,8 +11,8 @@ from tiny import logits
 from transformers import AutoModelForCausalLM
 
 from fedex_scale import models
+from fedex_scale.config.learning import ModelSection
 from fedex_scale.errors import UserError
-from fedex_scale.models import ModelSection
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import torch
 from resuming import write_config
 
 from fedex_scale import footprint, planning
-from fedex_scale.adapters import LoraSection
 from fedex_scale.cli import main
-from fedex_scale.config import Config, load_config
+from fedex_scale.config.learning import LoraSection, ModelSection
+from fedex_scale.config.load import load_config
+from fedex_scale.config.settings import Config
 from fedex_scale.errors import UserError
 from fedex_scale.machine import Machine, parse_size
-from fedex_scale.models import ModelSection
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -72,7 +72,7 @@ def test_the_side_adapter_grows_with_the_rounds() -> None:
 def test_a_run_takes_the_columns_that_there_is_room_for(tiny_llama, tmp_path, monkeypatch) -> None:
     settings = ["federation.rounds=8", "lora.rank=32", "partition.num_clients=3"]
     config = load_config(write_config(tiny_llama, tmp_path), settings)
-    assert planning.side_rank_that_fits(config) is None, "room for all 512"
+    assert planning.side_rank_that_fits(config) == "auto", "room for all 512"
     tight = planning._Sizes(config, Machine()).estimate(config, with_work=False).total("host")
     room = Machine(host_memory=int(tight) - 1)
     monkeypatch.setattr(planning, "this_machine", lambda: room)

@@ -9,8 +9,8 @@ import torch
 from tiny import near, random_pairs, save_adapter
 
 from fedex_scale.adapters import Adapter, LayerPairs
-from fedex_scale.aggregate_report import AggregateSection
 from fedex_scale.aggregator import Round
+from fedex_scale.config.federation import AggregateSection
 from fedex_scale.errors import UserError
 from fedex_scale.screening import screen
 
@@ -70,5 +70,5 @@ def test_a_client_is_clipped_to_the_bound_and_keeps_its_direction(round: Round) 
 
 
 def test_bounds_are_positive() -> None:
-    with pytest.raises(UserError, match="clip_update_norm: expected a positive number"):
+    with pytest.raises(UserError, match="clip_update_norm: expected a number above 0"):
         AggregateSection(clip_update_norm=0)

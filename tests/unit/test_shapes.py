@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedex_scale import lora_model, models
-from fedex_scale.adapters import LoraSection
+from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.engine import Engine, fold_targets
 from fedex_scale.errors import UserError
 from fedex_scale.lora_model import CLIENT
-from fedex_scale.models import CONFIGS, ModelSection
+from fedex_scale.models import CONFIGS
 
 R, SIDE_RANK = 32, 64
 # Weights in all, as the hub says; layers; hidden size d, inner f, queries q, keys and values k.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from rows import write_data
 
 from fedex_scale import evaluation
-from fedex_scale.config import load_config
-from fedex_scale.engine import EngineSection, read_ds_config
+from fedex_scale.config.learning import EngineSection
+from fedex_scale.config.load import load_config
+from fedex_scale.config.settings import EvaluationSection
+from fedex_scale.engine import read_ds_config
 from fedex_scale.errors import UserError
-from fedex_scale.evaluation import EvaluationSection
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch").glob("*.yaml"))
@@ -34,9 +37,22 @@ def test_recipe(path: Path) -> None:
     config = load_config(path)
     if config.engine.deepspeed:
         assert (ROOT / config.engine.deepspeed).is_file()
-    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
-    assert first_line.startswith("# ")
-    assert f"launch/instruct.py --config launch/{path.name}" in first_line
+    launched = path.read_text(encoding="utf-8").splitlines()[1]
+    assert launched.startswith("# ")
+    assert f"launch/instruct.py --config launch/{path.name}" in launched
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+def test_an_editor_finds_no_mistake_in_a_recipe_and_every_mistake_beside_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = re.match("# yaml-language-server: [$]schema=(.+)\n", text)
+    schema = json.loads((path.parent / named[1]).read_text(encoding="utf-8"))
+    config = yaml.safe_load(text)
+    jsonschema.validate(config, schema)
+    for section in config:
+        broken = config | {section: config[section] | {"unknown": 1}}
+        with pytest.raises(jsonschema.ValidationError, match="'unknown' was unexpected"):
+            jsonschema.validate(broken, schema)
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=by_name)

@@ -1,0 +1,94 @@
+"""Who the clients are, and what becomes of what they trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from fedex_scale.config.section import Count, Number, Positive, Section
+
+MethodName = Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"]
+
+
+class PartitionConfig(Section, title="partition"):
+    """How the rows are split over the clients."""
+
+    kind: Literal["iid", "contiguous", "dirichlet", "dirichlet_per_client", "natural"] = "iid"
+    """Shuffled evenly; evenly in file order; each value of `column` dealt out unevenly over the
+    clients; clients of one size, each with its own mix of values; a client per value."""
+    num_clients: Count = 3
+    """Clients that the rows are split over."""
+    column: str | None = None
+    """For dirichlet kinds and natural, such as type; also counted per client in partition.json."""
+    alpha: Positive = 1.0
+    """Dirichlet concentration: small gives clients of few kinds, large gives equal mixes."""
+    min_examples: Count = 1
+    """Splits of kind dirichlet that leave a client fewer are drawn again."""
+
+    def problems(self) -> Iterator[str]:
+        if self.kind not in ("iid", "contiguous") and self.column is None:
+            yield (
+                f"partition.column: {self.kind} splits by a column, got none; name one of the data"
+            )
+
+
+class FederationSection(Section, title="federation"):
+    """The rounds, and who takes part in them."""
+
+    rounds: Count = 1
+    """Rounds of train-and-aggregate."""
+    client_fraction: Number = Field(1.0, gt=0, le=1)
+    """Share of the clients that train in a round, drawn anew each round (at least one)."""
+    init: Literal["shared", "per_client"] = "shared"
+    """First A: one draw for all clients (the paper, eq. 10) or one a client (its public code)."""
+    weights: Literal["num_examples", "uniform"] = "num_examples"
+    """A client's weight in the averages."""
+    on_client_failure: Literal["stop", "skip", "retry"] = "stop"
+    """A client whose loss or adapter is NaN or Inf: stop the run, leave the client out of the
+    round, or train it once more with another seed and stop if that fails, too."""
+
+
+class MethodConfig(Section, title="method"):
+    """Which method aggregates, and its settings."""
+
+    name: MethodName = "fedex"
+    """fedit, fedex, ffa, flora, flexlora, lora_fair or centralized."""
+    assign: Literal["average", "reinit", "keep", "svd"] = "average"
+    """fedex: what clients start from: the mean pair, a fresh one, their own, or the rank-R SVD of
+    the ideal update. What the pair lacks goes into the base."""
+    svd_rank: Count | None = None
+    """fedex with `assign: average`: send only the best part of this rank of each residual."""
+    fair_lambda: Positive = 0.01
+    """lora_fair: price of the norm of its change to B."""
+
+    def problems(self) -> Iterator[str]:
+        if self.assign != "average" and self.name != "fedex":
+            yield (
+                f"method.assign: {self.assign} needs method.name fedex, got {self.name}; "
+                "drop method.assign"
+            )
+        if self.svd_rank is not None and (self.name, self.assign) != ("fedex", "average"):
+            yield (
+                f"method.svd_rank: needs method.name fedex and method.assign average, got "
+                f"{self.name} and {self.assign}; drop method.svd_rank"
+            )
+
+
+class AggregateSection(Section, title="aggregate"):
+    """Where the part of the update that the adapter cannot hold goes."""
+
+    fold: Literal["side", "planes", "carry", "round"] = "side"
+    """side: a second frozen adapter, which grows with the rounds; planes: a second matrix beside
+    each weight, for tens of rounds; carry: the base, with what rounding loses kept for the next
+    fold; round: the base, rounded at every fold, as published."""
+    side_rank: Count | Literal["auto"] = "auto"
+    """Columns that the side adapter may come to have; auto: all rounds' (K-1)R, at most 512, and
+    what this machine has room for."""
+    side_tolerance: Number = Field(1e-3, ge=0, lt=1)
+    """Share of a round's residual, by norm, that a layer may leave out to save columns."""
+    clip_update_norm: Positive | None = None
+    """Scale a client's change of the adapter down to this norm, over all factors; none: never."""
+    reject_update_norm: Positive | None = None
+    """Leave a client out of the round whose change has a larger norm than this; none: never."""

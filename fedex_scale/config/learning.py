@@ -1,0 +1,164 @@
+"""What a client learns, and how: the model, its adapter, the data, the training, the engine."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section
+from fedex_scale.config.words import named, shown
+
+ModuleNames = Annotated[tuple[str, ...], Field(min_length=1), AsTuple]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+
+
+class ModelSection(Section, title="model"):
+    """The base model, which stays frozen."""
+
+    path: str = ""
+    """Hub id or directory of a causal language model."""
+    config: str | None = None
+    """Instead of a path, with random: a config.json, or the name of one that comes along:
+    mistral-7b, gemma2-9b, llama32-3b, smollm2-135m. Its tokens are bytes."""
+    random: bool = False
+    """Draw the weights and load none: for trying out sizes."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16, but float32 on a CPU that does not multiply bfloat16 fast."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: eager for Gemma-2, whose soft-capping rules out sdpa; sdpa otherwise."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more compute."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Hold the frozen base in 8 or 4 bits (bitsandbytes)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose authors you trust."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_config(cls, values: Any) -> Any:
+        """Let a model without weights be known by its config's name."""
+        if isinstance(values, dict) and not values.get("path") and values.get("config"):
+            return values | {"path": values["config"]}
+        return values
+
+    def problems(self) -> Iterator[str]:
+        if not (self.path or self.config):
+            yield "model.path: missing; add it to the config"
+        if self.config and (not self.random or self.path != self.config):
+            yield (
+                f"model.config: {named(self.config)} has no weights; use it with random: true and "
+                "without a path"
+            )
+        if self.random and self.quantization != "none":
+            yield f"model.random: expected quantization: none, got {self.quantization}; drop one"
+
+
+class LoraSection(Section, title="lora"):
+    """The adapter that every client trains."""
+
+    rank: Count = 32
+    """R, the rank of every adapted layer."""
+    alpha: Positive = 16.0
+    """The update is applied times alpha / rank."""
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: Annotated[str, Field(min_length=1)] | ModuleNames = "all-linear"
+    """Module names, or `all-linear`: every attention and MLP projection."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+with warnings.catch_warnings():  # BaseModel has a deprecated method of the name `schema`
+    warnings.filterwarnings("ignore", message='Field name "schema"')
+
+    class DataConfig(Section, title="data"):
+        """The training rows: which, how many, and how they become examples."""
+
+        path: str
+        """A hub id such as meta-math/MetaMathQA, or a .json, .jsonl, .csv or .parquet file or
+        glob."""
+        name: str | None = None
+        """Configuration of a hub dataset, such as main of openai/gsm8k."""
+        split: str = "train"
+        """Split of a hub dataset."""
+        local: str | None = None
+        """File or glob below `data_dir`, read instead of `path` where a data_dir is set."""
+        data_dir: str | None = None
+        """Where `local` lies; none: the environment variable FEDEX_SCALE_DATA, if set."""
+        schema: Literal["metamath", "gsm8k", "commonsense", "columns"] = "metamath"
+        """metamath (query, response), gsm8k, commonsense, or columns: the two named below."""
+        prompt_column: str | None = None
+        """For columns: the instruction, without a prompt around it."""
+        response_column: str | None = None
+        """For columns: the response that is trained."""
+        num_examples: Count | None = None
+        """Rows to use; none: all."""
+        select: Literal["first", "random"] = "first"
+        """Which rows, where num_examples is fewer than there are."""
+        max_length: Count = 512
+        """Tokens of an example, prompt and end token included; longer ones are cut."""
+
+        def problems(self) -> Iterator[str]:
+            if self.data_dir is not None and self.local is None:
+                yield (
+                    f"data.local: expected a file below data.data_dir ({named(self.data_dir)}), "
+                    "got none; set data.local, or leave out data_dir and give the whole path as "
+                    "data.path"
+                )
+            given = self.prompt_column is not None, self.response_column is not None
+            if any(given) != (self.schema == "columns") or any(given) != all(given):
+                yield (
+                    "data.prompt_column, data.response_column: expected both with schema: columns "
+                    f"and neither with another, got {shown(self.prompt_column)}, "
+                    f"{shown(self.response_column)} with {self.schema}; set both and "
+                    "data.schema=columns"
+                )
+
+
+class TrainSection(Section, title="train"):
+    """How every client trains in a round."""
+
+    local_epochs: Count = 1
+    """Passes over the client's examples."""
+    max_steps: Count | None = None
+    """Stop a client after so many optimizer steps; none: after its epochs."""
+    batch_size: Count = 32
+    """Examples per optimizer step, over all ranks: the same result on one GPU and on eight."""
+    micro_batch_size: Count = 1
+    """Examples per forward pass on one rank; what memory allows."""
+    learning_rate: Positive = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the peak to 0 over the client's steps, after the warmup."""
+    warmup_ratio: Number = Field(0.02, ge=0, lt=1)
+    """Share of a client's steps in which the learning rate rises from 0."""
+    weight_decay: Number = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Number = Field(1.0, ge=0, allow_inf_nan=True)
+    """Gradients are clipped to this norm; 0 for never."""
+    optimizer: Optimizer = "adamw"
+    """adamw, or bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory."""
+    group_by_length: bool = False
+    """Batch examples of like length together: less padding, a less random order."""
+    packing: bool = False
+    """Lay a micro-batch's examples end to end in one row, blind to each other: no padding, and the
+    same loss. Pays where lengths differ much; needs a model that `models.PACKABLE` names."""
+
+
+class EngineSection(Section, title="engine"):
+    """What the model runs on."""
+
+    deepspeed: str | None = None
+    """A DeepSpeed JSON, such as ds_configs/zero3_offload.json; none: plain PyTorch."""
+    nvme_path: str | None = None
+    """Directory on a local NVMe, for ds_configs/zero3_nvme.json."""

@@ -1,0 +1,116 @@
+"""What all sections of the settings have in common: frozen, strict, and told of in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedex_scale.config.words import choices, expected, named, nearest, shown
+from fedex_scale.errors import UserError
+
+S = TypeVar("S", bound="Section")
+
+
+def _as_number(value: Any) -> Any:
+    """Parse a number that is given as text: YAML 1.1 reads 5e-4 so."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Number = Annotated[float, BeforeValidator(_as_number)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(_as_number)]
+Count = Annotated[int, Field(ge=1)]
+AsTuple = BeforeValidator(_as_tuple)
+Names = Annotated[tuple[str, ...], AsTuple]
+
+
+class Section(BaseModel):
+    """A part of the settings; a subclass's `title` is its key in the YAML.
+
+    Raises:
+        UserError: when it is made, naming all that is wrong with it at once.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError("; ".join(_problems(type(self), values, error))) from None
+
+    def problems(self) -> Iterator[str]:
+        """Yield what does not go together, though each value is one that can be."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Section:
+        found = "; ".join(self.problems())
+        if found:
+            raise UserError(found)
+        return self
+
+
+def replace(section: S, **changes: Any) -> S:
+    """Return a section, or a whole config, with some values changed, checked like a new one."""
+    return type(section)(**{**dict(section), **changes})
+
+
+def to_dict(section: Section) -> dict[str, Any]:
+    """Return the settings as plain data that YAML and JSON can hold."""
+    return {name: _plain(value) for name, value in section}
+
+
+def key_schemas(section: type[Section]) -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of each key of a section."""
+    return section.model_json_schema()["properties"]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _problems(
+    cls: type[Section], values: Mapping[str, Any], error: ValidationError
+) -> dict[str, None]:
+    """Return a line for each key that is wrong, in order and each once."""
+    lines: dict[str, None] = {}
+    for found in error.errors(include_url=False):
+        if found["type"] == "value_error":  # of a section within, or of values together
+            lines[str(found["ctx"]["error"])] = None
+        else:
+            lines[_problem(cls, found["loc"][0], values, found["type"])] = None
+    return lines
+
+
+def _problem(cls: type[Section], key: str, values: Mapping[str, Any], kind: str) -> str:
+    title = cls.model_config.get("title")
+    name = named(f"{title}.{key}" if title else key)
+    if kind == "extra_forbidden":
+        known = cls.model_fields
+        return f"{name}: unknown key; {nearest(key, known) or 'known are ' + ', '.join(known)}"
+    if kind == "missing":
+        return f"{name}: missing; add it to the config"
+    if kind == "model_type":
+        return f"{name}: expected a section with keys, got {shown(values[key])}"
+    schema, value = key_schemas(cls)[key], values[key]
+    remedy = nearest(value, choices(schema)) or (
+        f"the default is {shown(schema['default'])}" if "default" in schema else "it has no default"
+    )
+    return f"{name}: expected {expected(schema)}, got {shown(value)}; {remedy}"

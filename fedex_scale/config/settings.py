@@ -1,0 +1,126 @@
+"""All settings of a run: its place, its scoring, and every section together."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedex_scale.config.federation import (
+    AggregateSection,
+    FederationSection,
+    MethodConfig,
+    PartitionConfig,
+)
+from fedex_scale.config.learning import (
+    DataConfig,
+    EngineSection,
+    LoraSection,
+    ModelSection,
+    TrainSection,
+)
+from fedex_scale.config.section import AsTuple, Count, Names, Section
+from fedex_scale.config.words import named, shown
+
+
+class RunSection(Section, title="run"):
+    """The run itself: its name, its place, its checkpoints."""
+
+    name: str = "run"
+    """Name of the run; its directory is `dir/name`."""
+    dir: str = "runs"
+    """Where run directories are made."""
+    seed: int = 0
+    """Everything random is drawn from (seed, round, client) and nothing else."""
+    overwrite: bool = False
+    """Delete an existing run directory of this name first."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest checkpoint of this name, if there is one; as --resume does."""
+    keep: Count = 3
+    """Checkpoints to keep."""
+    save_steps: Count | None = 50
+    """Steps of a client between checkpoints; none: only when a client or a round is done."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], AsTuple] = ()
+    """Any of tensorboard, wandb, trackio; through accelerate's trackers."""
+    profile_steps: Annotated[tuple[Count, ...], AsTuple] = ()
+    """Steps of which to write a torch profiler trace, counted from 1 as the program starts."""
+
+    def problems(self) -> Iterator[str]:
+        if self.name in ("", ".", "..") or "/" in self.name:
+            yield f"run.name: expected a plain name, got {shown(self.name)}; try my_run"
+        for tracker in self.trackers:
+            if importlib.util.find_spec(tracker) is None:
+                yield f"run.trackers: {tracker} is not installed; pip install {tracker}"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class EvaluationSection(Section, title="evaluation"):
+    """What is scored, and when."""
+
+    tasks: Names = ()
+    """lm-eval tasks and groups: this project's (eval/tasks) or stock ones; none: no scoring."""
+    data: dict[str, str | dict[str, str]] | None = None
+    """Task name -> local .json or .jsonl file to score on, in place of the hub's data; of a stock
+    task also {test: FILE, train: FILE}, as its own splits are called."""
+    data_dir: str | None = None
+    """Where test sets lie as in docs/evaluation.md; none: the variable FEDEX_SCALE_DATA."""
+    limit: Count | None = None
+    """Score the first so many examples of each task; none: all."""
+    before: bool = True
+    """Score before the first round, too."""
+    every_rounds: Count | None = None
+    """Score after every so many rounds; none: after the last only."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in a stock task's prompt; none: as the task has it."""
+    batch_size: Count | Literal["auto"] = 16
+    """Prompts generated at once; auto: as many as fit."""
+
+    def problems(self) -> Iterator[str]:
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            yield f"evaluation.data_dir: no directory {named(self.data_dir)}; correct the path"
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Return whether the model is scored after `round` of `rounds` (0: before the first)."""
+        if not self.tasks:
+            return False
+        if round == 0:
+            return self.before
+        return round == rounds or bool(self.every_rounds and round % self.every_rounds == 0)
+
+
+class Config(Section):
+    """A resolved run. Each field is one section of the YAML."""
+
+    run: RunSection = Field(default_factory=RunSection)
+    model: ModelSection
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: DataConfig
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    federation: FederationSection = Field(default_factory=FederationSection)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    aggregate: AggregateSection = Field(default_factory=AggregateSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    def problems(self) -> Iterator[str]:
+        if self.method.name == "centralized" and self.federation.client_fraction < 1:
+            yield "federation.client_fraction: centralized has one client; leave it at 1"
+        if self.method.name == "ffa" and self.federation.init == "per_client":
+            yield "federation.init: ffa shares one frozen A; use init: shared"
+        if self.method.assign == "keep":
+            yield (
+                "method.assign: keep gives each client a base of its own, which one engine cannot "
+                "hold; use average, or fedex-scale aggregate --assign keep on a round's clients"
+            )
+        if self.model.quantization != "none" and self.aggregate.fold != "side":
+            yield (
+                f"aggregate.fold: a {self.model.quantization} base cannot take a residual, "
+                f"got fold: {self.aggregate.fold}; use fold: side"
+            )
