@@ -148,7 +148,7 @@ def test_files_that_a_stock_task_lacks_are_told(data_dir: str) -> None:
     ours = {"tasks": ("fedex_gsm8k",), "data_dir": data_dir}
     assert "expected one file" in told(**ours, data={"fedex_gsm8k": files})
     assert "this project's have no examples, got 2" in told(**ours, num_fewshot=2)
-    assert "at least 0 or none, got -1" in told(**ours, num_fewshot=-1)
+    assert "at least 0 or null, got -1" in told(**ours, num_fewshot=-1)
 
 
 def test_state_is_left_as_it_was(model: torch.nn.Module, tiny_llama: Path, data_dir: str) -> None:
