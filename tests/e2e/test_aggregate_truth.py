@@ -212,8 +212,10 @@ def test_what_is_loaded_is_what_is_told(bases, tmp_path, method, fold, kind, dty
     source = bases[kind, dtype]
     name, _, assign = method.partition("-")
     adds = name in ("fedex", "flora")
-    side_rank = draw.choice([None, None, 1, 3]) if fold == "side" and assign != "keep" else None
-    folds = adds and (fold != "side" or side_rank is not None)
+    side_rank = "auto"
+    if fold == "side" and assign != "keep":
+        side_rank = draw.choice(["auto", "auto", 1, 3])
+    folds = adds and (fold != "side" or side_rank != "auto")
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     head = kind == "llama" or not folds
     case = draw_case(draw, tmp_path, base, method=method, head=head)
