@@ -200,7 +200,7 @@ def _place(
             pieces,
             past,
             max_rank=round.side_rank,
-            tolerance=section.side_tolerance,
+            tolerance=_tolerance(section, side_dtype),
             dtype=side_dtype,
         )
         sinks.side(layer, growth.part)
@@ -215,6 +215,12 @@ def _place(
     if few or past is not None:
         return found, pieces, None
     return found, pieces, (in_side, _cross_terms(update, clients.scaling))
+
+
+def _tolerance(section: AggregateSection, dtype: torch.dtype) -> float:
+    if section.side_tolerance != "auto":
+        return section.side_tolerance
+    return 1e-6 if dtype == torch.float32 else 1e-3
 
 
 def _cross_terms(update: LayerUpdate, scaling: float) -> float:

@@ -45,12 +45,25 @@ class Rounds:
         self.sums = {layer: torch.zeros_like(W) for layer, W in self.base.items()}
         self.before = dict(self.sums)
 
+    def resumed(self) -> Rounds:
+        """Return the same in a process of its own, as it were: all is read from disk anew."""
+        config, run, state = self.config, self.run, self.state
+        engine = engine_for(config, len(WEIGHTS))
+        again = Rounds(config, engine, run)
+        again.sums, again.state = self.sums, state
+        server.refold(config, engine, again.targets, run, state)
+        server.show(engine, run, state)
+        again.before = {layer: W - again.base[layer] for layer, W in again.weights().items()}
+        return again
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Return what each layer multiplies with besides the client adapter, (O, I), float64."""
         weights = {}
         for name, layer in self.engine.layers.items():
             W = read_whole(layer.get_base_layer().weight).double()
             W = W.T if layer.fan_in_fan_out else W
+            if self.config.model.quantization != "none":
+                W = torch.zeros(layer.out_features, layer.in_features).double()  # it stays packed
             if SIDE in self.engine.model.active_adapters:
                 B = read_whole(layer.lora_B[SIDE].weight).double()
                 if not self.engine.has_planes:

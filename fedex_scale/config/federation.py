@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedex_scale.config.section import Count, Number, Positive, Section
+from fedex_scale.config.section import Count, Number, Positive, Section, Share
 
 MethodName = Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"]
 
@@ -86,8 +86,9 @@ class AggregateSection(Section, title="aggregate"):
     side_rank: Count | Literal["auto"] = "auto"
     """Columns that the side adapter may come to have; auto: all rounds' (K-1)R, at most 512, and
     what this machine has room for."""
-    side_tolerance: Number = Field(1e-3, ge=0, lt=1)
-    """Share of a round's residual, by norm, that a layer may leave out to save columns."""
+    side_tolerance: Share | Literal["auto"] = "auto"
+    """Share of a round's residual, by norm, that a layer may leave out to save columns; auto: 0.001
+    in bfloat16, which rounds away twice as much, and 0.000001 in float32."""
     clip_update_norm: Positive | None = None
     """Scale a client's change of the adapter down to this norm, over all factors; none: never."""
     reject_update_norm: Positive | None = None

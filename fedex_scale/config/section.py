@@ -27,6 +27,7 @@ def _as_tuple(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_as_number)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_as_number)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number)]
 Count = Annotated[int, Field(ge=1)]
 AsTuple = BeforeValidator(_as_tuple)
 Names = Annotated[tuple[str, ...], AsTuple]

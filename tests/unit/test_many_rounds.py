@@ -12,6 +12,7 @@ import pytest
 import torch
 from many_rounds import RANK, assert_told, drifting, rounds_of
 from peft import PeftModel
+from resuming import files
 from safetensors.torch import load_file
 from tiny import logits, make_llama
 from transformers import AutoModelForCausalLM
@@ -42,6 +43,32 @@ def test_twenty_rounds_in_two_planes(tiny_llama: Path, tmp_path: Path) -> None:
         assert_told(report, kept)
     for layer in rounds.engine.layers.values():
         assert layer.lora_B[SIDE].weight.shape == (layer.out_features, layer.in_features)
+
+
+@pytest.mark.parametrize("fold", ["side", "planes"])
+def test_resumed_at_rounds_3_and_7_to_the_same_bits(tiny_llama: Path, tmp_path, fold: str) -> None:
+    left = []
+    for name, stops in (("whole", ()), ("parts", (3, 7))):
+        (tmp_path / name).mkdir()
+        rounds = rounds_of(tiny_llama, tmp_path / name, f"aggregate.fold={fold}")
+        for number in range(1, 9):
+            if number in stops:
+                rounds = rounds.resumed()
+            _, kept = rounds.advance(drifting(rounds, "shared", number))
+            assert kept["all"] >= 0.995
+        write_final(rounds.config, rounds.engine, rounds.run, rounds.state)
+        left.append(files(rounds.run.path))
+    assert left[0] == left[1]
+
+
+def test_a_packed_base_keeps_all_in_the_side_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    rounds = rounds_of(tiny_llama, tmp_path, "model.quantization=nf4")
+    for number in range(1, 9):
+        report, kept = rounds.advance(drifting(rounds, "per_client", number))
+        assert kept["round"] >= 0.98
+        assert kept["all"] >= 0.995
+        assert_told(report, kept)
 
 
 def test_rounds_leave_the_embedding_of_a_tied_output_layer(tiny_gpt2: Path, tmp_path: Path) -> None:

@@ -64,16 +64,20 @@ def test_a_quantized_base_is_never_written_to(
     folder = run(config, quantization, f"model.quantization={quantization}")
     assert seen == [True, True]
     first, second = rounds_of(folder)
-    assert first["kept"] == pytest.approx(1, abs=1e-5)  # one round fits the side adapter
-    assert 0.5 < second["kept"] < 1  # of two rounds what overflows is told to be missed
+    assert [first["kept"], second["kept"]] == pytest.approx([1, 1], abs=1e-5)
     assert not second["base_changed"]
     assert not (folder / "final" / "base").exists()
 
 
-def test_a_side_adapter_of_both_rounds_keeps_a_quantized_run_whole(config: Path) -> None:
+def test_what_a_packed_base_cannot_take_is_told(config: Path, capsys) -> None:
     pytest.importorskip("bitsandbytes")
-    folder = run(config, "wide", "model.quantization=nf4", "aggregate.side_rank=16")
-    assert [x["kept"] for x in rounds_of(folder)] == pytest.approx([1, 1], abs=1e-5)
+    folder = run(config, "capped", "model.quantization=nf4", "aggregate.side_rank=8")
+    first, second = rounds_of(folder)
+    assert first["kept"] == pytest.approx(1, abs=1e-5)
+    assert second["kept_of_all"] < 0.99
+    out = capsys.readouterr().out
+    assert "warning: the side adapter is full at 8 columns" in out
+    assert "aggregate.side_rank=16 holds 2 rounds" in out
     side = load_file(folder / "server" / "round-0002" / "side" / "adapter_model.safetensors")
     assert all(torch.isfinite(x).all() for x in side.values())
 

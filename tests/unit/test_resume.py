@@ -19,6 +19,7 @@ from fedex_scale.state import Place, RunDir
 CASES = {
     "side": ["lora.dropout=0.1"],
     "carry": ["aggregate.fold=carry", "model.dtype=bfloat16"],
+    "planes": ["aggregate.fold=planes", "model.dtype=bfloat16"],
     "round": ["aggregate.fold=round", "model.dtype=bfloat16", "federation.init=per_client"],
     "overflow": ["aggregate.side_rank=2", "model.dtype=bfloat16", "federation.client_fraction=0.7"],
     "flora": ["method.name=flora", "aggregate.fold=carry"],
