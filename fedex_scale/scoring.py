@@ -142,6 +142,8 @@ def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subj
                 "is not there; bring it back, or score --adapter final/exact_adapter"
             )
         model = replace(model, path=str(base), revision=None)
+        if config.aggregate.fold == "planes":  # one weight of both, which bfloat16 would round
+            model = replace(model, dtype="float32")
     return Subject(
         model=model,
         adapter=adapter or final,

@@ -15,6 +15,7 @@ from launching import ROOT, start
 from rows import write_data
 from safetensors.torch import load_file
 
+from fedex_scale.distributed import free_port
 from fedex_scale.errors import UserError
 from fedex_scale.scoring import find_subject, table
 
@@ -82,9 +83,11 @@ def run(tiny_config: Path, data_dir: Path) -> Path:
     return train(tiny_config, data_dir, "scored", f"evaluation.tasks={json.dumps(TASKS)}")
 
 
-def train(config: Path, data_dir: Path, name: str, *overrides: str) -> Path:
+def train(
+    config: Path, data_dir: Path, name: str, *overrides: str, launcher: tuple[str, ...] = ()
+) -> Path:
     done = start(
-        [sys.executable],
+        [sys.executable, *launcher],
         config,
         f"run.name={name}",
         "aggregate.fold=carry",
@@ -102,6 +105,23 @@ def test_three_ways_to_score_agree(run: Path, data_dir: Path, tmp_path: Path) ->
     live = score_again(run, data_dir, tmp_path)
     assert len(live) == 5 + 1
     assert live != ours(run / "evaluations" / "round-0000")
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero3"])
+def test_three_ways_to_score_a_side_adapter_in_bf16_agree(
+    engine: str, tiny_config: Path, tiny_llama: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """A side adapter of two rounds: bf16 while clients train, and scored as it is handed over."""
+    settings, launcher = ["aggregate.fold=side", "model.dtype=bfloat16"], ()
+    if engine == "zero3":
+        settings.append("engine.deepspeed=ds_configs/zero3.json")
+        port = f"--master-port={free_port()}"
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", port)
+    tasks = f"evaluation.tasks={json.dumps(TASKS)}"
+    run = train(tiny_config, data_dir, f"bf16-{engine}", tasks, *settings, launcher=launcher)
+    assert not (run / "final" / "base").exists()
+    live = score_again(run, data_dir, tmp_path, base=tiny_llama, dtype="bfloat16")
+    assert len(live) == 5 + 1
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="no model; `make model` fetches it")
@@ -123,12 +143,15 @@ def test_three_ways_to_score_a_pretrained_model_agree(
     assert len({output[0] for _, output, *_ in live.values()}) > 1
 
 
-def score_again(run: Path, data_dir: Path, tmp_path: Path) -> Samples:
+def score_again(
+    run: Path, data_dir: Path, tmp_path: Path, *, base: Path | None = None, dtype: str = "auto"
+) -> Samples:
     """Score a finished run with both commands, compare with its live score, and return that."""
-    assert (run / "final" / "base").is_dir()
+    base = base or run / "final" / "base"
+    assert base.is_dir()
     done = call("fedex_scale.cli", "evaluate", run, "--out", tmp_path / "ours", data_dir=data_dir)
     assert done.returncode == 0, done.stderr[-3000:]
-    model = f"pretrained={run}/final/base,peft={run}/final/adapter"
+    model = f"pretrained={base},peft={run}/final/adapter,dtype={dtype}"
     tasks = ["--include_path", "eval/tasks", "--tasks", ",".join(TASKS)]
     options = ["--device", "cpu", "--batch_size", 4, "--log_samples"]
     command = ["lm_eval", "--model", "hf", "--model_args", model, *tasks, *options]
