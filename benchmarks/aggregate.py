@@ -20,7 +20,7 @@ import torch
 from common import Figure, Ratio, in_turns, quotients, report, start
 from files import Shapes, mistral_shapes, run_measured, write_adapter, write_base
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 RANK, CLIENTS = 32, 3
 BUFFER_BYTES = 2**24

@@ -26,15 +26,16 @@ import torch
 from common import Figure, Ratio, in_turns, new_peft_model, quotients, report, start
 from torch import Tensor
 
-from fedex_scale import client, rounds, saves
+from fedex_scale import rounds
 from fedex_scale.config.federation import FederationSection
 from fedex_scale.config.learning import DataConfig, LoraSection, ModelSection, TrainSection
 from fedex_scale.config.settings import Config, RunSection
 from fedex_scale.data.batching import Examples
-from fedex_scale.engine import Engine
+from fedex_scale.engine.build import Engine
+from fedex_scale.federation import client, saves
+from fedex_scale.federation.saves import Saver
+from fedex_scale.files.run_dir import RunDir
 from fedex_scale.run import engine_for, make_directory
-from fedex_scale.saves import Saver
-from fedex_scale.state import RunDir
 
 LORA = LoraSection(rank=32, alpha=16)
 CLIENTS, STEPS = 6, 3

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from fedex_scale.config.learning import LoraSection
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

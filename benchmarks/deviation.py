@@ -14,9 +14,9 @@ import time
 import torch
 from common import Figure, Ratio, in_turns, new_peft_model, quotients, report, start
 
-from fedex_scale.algebra import Clients, Pair
+from fedex_scale.aggregation.deviation import measure
 from fedex_scale.config.learning import LoraSection
-from fedex_scale.deviation import measure
+from fedex_scale.methods.algebra import Clients, Pair
 
 LORA = LoraSection(rank=32, alpha=16)
 CLIENTS, STEPS, BATCH, TOKENS = 3, 43, 8, 67

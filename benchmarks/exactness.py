@@ -21,12 +21,12 @@ import yaml
 from common import describe_machine, start
 from torch import Tensor
 
-from fedex_scale.adapters import Adapter, LayerPairs
-from fedex_scale.algebra import Clients, LowRank, mean_pair, residual
-from fedex_scale.basefiles import BaseFiles, base_directory
+from fedex_scale.aggregation.weights import Target, fold
 from fedex_scale.data.word_problems import generate, write_jsonl
+from fedex_scale.files.adapters import Adapter, LayerPairs
+from fedex_scale.files.basefiles import BaseFiles, base_directory
+from fedex_scale.methods.algebra import Clients, LowRank, mean_pair, residual
 from fedex_scale.run import run_config
-from fedex_scale.weights import Target, fold
 
 RANK, ALPHA, CLIENTS = 32, 16, 3
 

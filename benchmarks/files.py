@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedex_scale.adapters import AdapterWriter
-from fedex_scale.algebra import Pair
-from fedex_scale.tensorfile import SafetensorsWriter
+from fedex_scale.files.adapters import AdapterWriter
+from fedex_scale.files.tensorfile import SafetensorsWriter
+from fedex_scale.methods.algebra import Pair
 
 Shapes = Mapping[str, tuple[int, int]]
 BLOCK = 2**22

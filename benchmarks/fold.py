@@ -15,8 +15,8 @@ import torch
 from common import Figure, Ratio, forget_peak, in_turns, memory, quotients, report, start
 from torch import Tensor
 
-from fedex_scale.algebra import Clients, LowRank, Pair, mean_pair, residual
-from fedex_scale.weights import Target, fold
+from fedex_scale.aggregation.weights import Target, fold
+from fedex_scale.methods.algebra import Clients, LowRank, Pair, mean_pair, residual
 
 SCALING = 0.5
 

@@ -19,13 +19,15 @@ from common import Figure, Ratio, in_turns, new_peft_model, quotients, report, s
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from fedex_scale import distributed, models, scoring
 from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.data.prompts import MATH_PROMPT, MATH_STOPS
 from fedex_scale.data.word_problems import generate
-from fedex_scale.errors import UserError
-from fedex_scale.spread import spread_requests
+from fedex_scale.engine import models
+from fedex_scale.runtime import distributed
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.scoring import post_hoc
+from fedex_scale.scoring.spread import spread_requests
 
 BATCH_SIZE = 16
 
@@ -66,10 +68,10 @@ def main(args: argparse.Namespace) -> None:
 
 def load_ours(section: ModelSection, adapter: Path) -> HFLM:
     """Return what `fedex-scale evaluate` and a run's live score generate with."""
-    subject = scoring.Subject(
+    subject = post_hoc.Subject(
         model=section, adapter=adapter, section=EvaluationSection(), out=Path()
     )
-    model = scoring.load(subject).to(distributed.device())
+    model = post_hoc.load(subject).to(distributed.device())
     lm = HFLM(pretrained=model, tokenizer=models.load_tokenizer(section))
     spread_requests(lm, BATCH_SIZE)
     return lm

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedex_scale import distributed, models
-from fedex_scale.algebra import LowRank, Pair, compress
-from fedex_scale.client import take_factors
+from fedex_scale.aggregation.weights import fold
 from fedex_scale.config.learning import (
     DataConfig,
     EngineSection,
@@ -22,7 +20,8 @@ from fedex_scale.config.learning import (
     TrainSection,
 )
 from fedex_scale.config.settings import Config
-from fedex_scale.engine import (
+from fedex_scale.engine import models
+from fedex_scale.engine.build import (
     Engine,
     build_engine,
     fold_targets,
@@ -31,9 +30,11 @@ from fedex_scale.engine import (
     set_side,
     train_step,
 )
-from fedex_scale.machine import this_machine
-from fedex_scale.planning import make_plan
-from fedex_scale.weights import fold
+from fedex_scale.federation.client import take_factors
+from fedex_scale.methods.algebra import LowRank, Pair, compress
+from fedex_scale.planning.choice import make_plan
+from fedex_scale.planning.machine import this_machine
+from fedex_scale.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 LENGTH, STEPS, RANK, CLIENTS = 512, 4, 32, 3

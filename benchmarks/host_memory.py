@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from common import Figure, Ratio, in_turns, quotients, report, start
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FEW, MANY = 3, 30

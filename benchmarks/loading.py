@@ -21,9 +21,9 @@ import torch
 from common import Figure, Ratio, forget_peak, memory, report, start
 from transformers import LlamaConfig
 
-from fedex_scale.distributed import free_port
-from fedex_scale.errors import UserError
-from fedex_scale.tensorfile import SafetensorsWriter
+from fedex_scale.files.tensorfile import SafetensorsWriter
+from fedex_scale.runtime.distributed import free_port
+from fedex_scale.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -67,7 +67,7 @@ def benchmark(args: argparse.Namespace) -> None:
 def write_checkpoint(folder: Path, *, layers: int) -> int:
     """Write a Llama's files, a tensor at a time; return the bytes of its weights."""
     from fedex_scale.config.learning import ModelSection
-    from fedex_scale.models import meta_model
+    from fedex_scale.engine.models import meta_model
 
     config = LlamaConfig(
         hidden_size=2048,
@@ -113,9 +113,10 @@ def measure_rank(way: str, model: str) -> None:
     """Load in this process, one of several, and print the peak of its memory and the time."""
     import deepspeed  # noqa: F401  its import is no part of a load
 
-    from fedex_scale import distributed, loading
     from fedex_scale.config.learning import EngineSection, ModelSection
-    from fedex_scale.ds_config import read_ds_config
+    from fedex_scale.engine import loading
+    from fedex_scale.engine.ds_config import read_ds_config
+    from fedex_scale.runtime import distributed
 
     distributed.join_group(required=True)
     ds_config = read_ds_config(

@@ -30,10 +30,10 @@ import numpy as np
 import yaml
 from common import start
 
-from fedex_scale.compare import interval, read_verdicts
 from fedex_scale.data.suites import DEFAULT_DATA_DIR
 from fedex_scale.data.word_problems import generate, write_jsonl
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.scoring.compare import interval, read_verdicts
 
 ROOT = Path(__file__).parents[1]
 # By name: the overrides of a run, and the options of `fedex-scale aggregate` where it can do it.

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from common import Figure, Ratio, forget_peak, memory, report, start
 
-from fedex_scale.distributed import free_port
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.distributed import free_port
+from fedex_scale.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 2
@@ -122,8 +122,9 @@ def measure_rank(text: str, folder: str) -> None:
     """Be one rank: predict, train, and print both."""
     import deepspeed  # noqa: F401  its import is no part of the training
 
-    from fedex_scale import distributed, engine
-    from fedex_scale.algebra import Pair
+    from fedex_scale.engine import build
+    from fedex_scale.methods.algebra import Pair
+    from fedex_scale.runtime import distributed
 
     setting = Setting(**json.loads(text))
     config = config_of(setting, Path(folder))
@@ -133,7 +134,7 @@ def measure_rank(text: str, folder: str) -> None:
     warm_up()
     forget_peak()
     before = memory("VmRSS")
-    built = engine.build_engine(
+    built = build.build_engine(
         config.model,
         config.lora,
         config.engine,
@@ -146,13 +147,13 @@ def measure_rank(text: str, folder: str) -> None:
         max_grad_norm=1.0,
     )
     # As in a run: the server's adapter on each rank, on one a client's that is being written.
-    held = [dict(engine.read_pairs(built))]
+    held = [dict(build.read_pairs(built))]
     if distributed.is_main():
         held.append({name: Pair(*(x.clone() for x in pair)) for name, pair in held[0].items()})
     tokens = torch.randint(5, 200, (setting.examples, setting.length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for _ in range(STEPS):
-        engine.train_step(built, [batch], tokens=tokens.numel() * setting.ranks, lr=1e-4)
+        build.train_step(built, [batch], tokens=tokens.numel() * setting.ranks, lr=1e-4)
     found = {"predicted": predicted, "peak": memory("VmHWM") - before}
     (Path(folder) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.leave(0)
@@ -184,8 +185,8 @@ def config_of(setting: Setting, folder: Path):
 
 def predict(config, ranks: int) -> float:
     """Return the bytes in host RAM that `plan` names, less those of the bare processes."""
-    from fedex_scale.machine import Machine
-    from fedex_scale.planning import make_plan
+    from fedex_scale.planning.choice import make_plan
+    from fedex_scale.planning.machine import Machine
 
     chosen = make_plan(config, Machine(gpus=ranks)).chosen
     return sum(need.host for need in chosen.needs if need.name != "processes")

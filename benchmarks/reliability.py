@@ -142,8 +142,8 @@ def cost_row(config: str, overrides: list[str]) -> tuple[str, str, str]:
 def timed_run(config: str, overrides: list[str]) -> dict:
     """Do a run, and return how long its rounds and its checkpoints took."""
     from fedex_scale.config.load import load_config
+    from fedex_scale.federation.saves import Saver
     from fedex_scale.run import run_config
-    from fedex_scale.saves import Saver
 
     real, seconds = Saver.save, []
 

@@ -25,16 +25,17 @@ import yaml
 from common import describe_machine, start
 from transformers import AutoConfig
 
-from fedex_scale import server
-from fedex_scale.adapters import Adapter
-from fedex_scale.algebra import LowRank, norm, singular_values, stack
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
 from fedex_scale.data.word_problems import generate, write_jsonl
-from fedex_scale.engine import fold_targets
-from fedex_scale.lora_model import SIDE
+from fedex_scale.engine.build import fold_targets
+from fedex_scale.engine.lora_model import SIDE
+from fedex_scale.federation import server
+from fedex_scale.federation.state import ServerState
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.methods.algebra import LowRank, norm, singular_values, stack
 from fedex_scale.run import engine_for, run_config
-from fedex_scale.state import RunDir, ServerState
 
 RANK, ALPHA = 32, 16
 PROJECTIONS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj".split()

@@ -26,15 +26,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fedex_scale import client
-from fedex_scale.algebra import Pair
-from fedex_scale.client import train_client
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, TrainSection
 from fedex_scale.config.section import replace
 from fedex_scale.data.batching import MASKED, Examples, collate, plan_steps
-from fedex_scale.engine import Engine, build_engine
-from fedex_scale.lora_model import CLIENT, lora_layers
-from fedex_scale.state import derive_seed
+from fedex_scale.engine.build import Engine, build_engine
+from fedex_scale.engine.lora_model import CLIENT, lora_layers
+from fedex_scale.federation import client
+from fedex_scale.federation.client import train_client
+from fedex_scale.methods.algebra import Pair
+from fedex_scale.runtime.seeds import derive_seed
 
 LORA = LoraSection(rank=32, alpha=16)
 TRAIN = TrainSection(batch_size=8, micro_batch_size=4)

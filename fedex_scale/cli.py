@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -107,9 +107,9 @@ def aggregate(
     """Aggregate LoRA adapters exactly: any PEFT adapters, no GPU, no model in memory."""
     from rich.console import Console
 
+    from fedex_scale.aggregation.job import Job
+    from fedex_scale.aggregation.offline import aggregate_files, describe, parse_weights
     from fedex_scale.config.federation import AggregateSection, MethodConfig
-    from fedex_scale.job import Job
-    from fedex_scale.offline import aggregate_files, describe, parse_weights
 
     job = Job(
         base=base,
@@ -146,9 +146,9 @@ def plan(
     from rich.console import Console
 
     from fedex_scale.config.load import load_config
-    from fedex_scale.machine import describe_machine
-    from fedex_scale.plan_table import show
-    from fedex_scale.planning import make_plan
+    from fedex_scale.planning.choice import make_plan
+    from fedex_scale.planning.machine import describe_machine
+    from fedex_scale.planning.plan_table import show
 
     machine = describe_machine(gpus, gpu_memory, host_memory, nvme, tflops)
     made = make_plan(load_config(config, overrides or []), machine)
@@ -167,7 +167,7 @@ def doctor(
 ) -> None:
     """Say what this machine has and lacks; exit code 1 if the config cannot run."""
     from fedex_scale.config.load import load_config
-    from fedex_scale.doctor import examine
+    from fedex_scale.planning.doctor import examine
 
     failed = False
     for finding in examine(load_config(config, overrides or []) if config else None):
@@ -189,7 +189,7 @@ def export(
     ] = None,
 ) -> None:
     """Turn a run into one exact adapter for the untouched base, or into a merged model."""
-    from fedex_scale.export import export_run
+    from fedex_scale.federation.export import export_run
 
     done = export_run(run, out, rank=rank, merged=merged, dtype=dtype)
     what = "merged model" if merged else f"adapter of rank {done.rank} for the untouched base"
@@ -227,8 +227,9 @@ def evaluate(
     """Score a run's final model, or any model, with lm-eval, as the run itself did."""
     from rich.console import Console
 
-    from fedex_scale import distributed, scoring
-    from fedex_scale.evaluation import warnings
+    from fedex_scale.runtime import distributed
+    from fedex_scale.scoring import post_hoc
+    from fedex_scale.scoring.evaluation import warnings
 
     size = int(batch_size) if batch_size and batch_size.isdecimal() else batch_size
     if size not in (None, "auto") and not isinstance(size, int):
@@ -237,11 +238,13 @@ def evaluate(
     asked |= {"num_fewshot": num_fewshot, "batch_size": size}
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
     distributed.join_group(required=False)
-    subject = distributed.together(lambda: scoring.find_subject(model, adapter, asked, dtype=dtype))
-    results = scoring.score(subject, out or subject.out)
+    subject = distributed.together(
+        lambda: post_hoc.find_subject(model, adapter, asked, dtype=dtype)
+    )
+    results = post_hoc.score(subject, out or subject.out)
     if distributed.is_main():
         console = Console(highlight=False)
-        console.print(scoring.table(results, subject.known_as))
+        console.print(post_hoc.table(results, subject.known_as))
         for warning in warnings(results):
             console.print(f"warning: {warning}", markup=False, soft_wrap=True)
         console.print(f"results: {out or subject.out}", markup=False, soft_wrap=True)
@@ -257,7 +260,7 @@ def compare(
     """Compare scored runs on the same examples: differences with bootstrap intervals."""
     from rich.console import Console
 
-    from fedex_scale import compare as comparison
+    from fedex_scale.scoring import compare as comparison
 
     console = Console(highlight=False)
     console.print(comparison.table(comparison.compare(runs)), soft_wrap=True)
@@ -284,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as ended:
         code = ended.code
         if hasattr(ended, "message"):  # a signal, perhaps as another rank is gone
-            from fedex_scale import faults
+            from fedex_scale.runtime import faults
 
             gone = faults.dead_peer()
             _tell_of_fault(gone) if gone else _tell(ended.message)
@@ -292,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _tell(f"error: {error}")
         code = 2
     except (OSError, RuntimeError, MemoryError) as error:
-        from fedex_scale import faults
+        from fedex_scale.runtime import faults
 
         reason = faults.explain(error)
         if reason is None:
@@ -301,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 1
     if "torch" not in sys.modules:
         sys.exit(code)
-    from fedex_scale import distributed
+    from fedex_scale.runtime import distributed
 
     distributed.leave(code or 0)
 
@@ -309,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _tell(line: str) -> None:
     """Print a line for the user once, whatever the number of ranks."""
     if "torch" in sys.modules:  # without it no ranks have met, and importing it takes seconds
-        from fedex_scale import distributed
+        from fedex_scale.runtime import distributed
 
         if not distributed.is_main():
             return
@@ -318,7 +321,7 @@ def _tell(line: str) -> None:
 
 def _tell_of_fault(reason: str) -> None:
     """Print a line once, whichever rank is left to do so."""
-    from fedex_scale import distributed, faults
+    from fedex_scale.runtime import distributed, faults
 
     if faults.is_speaker():
         print(f"error: {reason}", file=sys.stderr, flush=True)

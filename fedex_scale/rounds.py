@@ -19,15 +19,17 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from fedex_scale import server
-from fedex_scale.client import ClientUpdate, read_update, train_client
 from fedex_scale.config.federation import FederationSection
 from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
-from fedex_scale.engine import Engine, Source, fold_targets
-from fedex_scale.errors import UserError
-from fedex_scale.saves import Saver
-from fedex_scale.state import ClientProgress, Place, RunDir, ServerState, derive_seed
+from fedex_scale.engine.build import Engine, Source, fold_targets
+from fedex_scale.federation import server
+from fedex_scale.federation.client import ClientUpdate, read_update, train_client
+from fedex_scale.federation.saves import Saver
+from fedex_scale.federation.state import ClientProgress, Place, ServerState
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.seeds import derive_seed
 
 
 def run_rounds(

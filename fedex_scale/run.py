@@ -15,20 +15,7 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale import (
-    card,
-    distributed,
-    evaluation,
-    faults,
-    lora_model,
-    models,
-    phases,
-    planning,
-    record,
-)
-from fedex_scale.aggregator import base_update_rank, side_rank_of
-from fedex_scale.checkpoint import Checkpoint, rewind
-from fedex_scale.client import num_steps
+from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
 from fedex_scale.config.load import load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
@@ -37,17 +24,26 @@ from fedex_scale.data.batching import Examples
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import encode
 from fedex_scale.data.sources import load_rows, schema_of
-from fedex_scale.ds_config import zero_stage
-from fedex_scale.engine import Engine, build_engine
-from fedex_scale.errors import UserError
-from fedex_scale.export import show_handed_over, write_final
-from fedex_scale.faults import disk_errors
-from fedex_scale.methods import METHODS
-from fedex_scale.phases import phase, profiling
-from fedex_scale.progress import Monitor, open_trackers
+from fedex_scale.engine import lora_model, models
+from fedex_scale.engine.build import Engine, build_engine
+from fedex_scale.engine.ds_config import zero_stage
+from fedex_scale.federation.checkpoint import Checkpoint, rewind
+from fedex_scale.federation.client import num_steps
+from fedex_scale.federation.export import show_handed_over, write_final
+from fedex_scale.federation.saves import Found, Saver, find
+from fedex_scale.federation.state import ServerState
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.methods.all import METHODS
+from fedex_scale.planning import choice
+from fedex_scale.reporting import card, record
 from fedex_scale.rounds import choose_clients, run_rounds
-from fedex_scale.saves import Found, Saver, find
-from fedex_scale.state import RunDir, ServerState, derive_seed
+from fedex_scale.runtime import distributed, faults, phases
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.faults import disk_errors
+from fedex_scale.runtime.phases import phase, profiling
+from fedex_scale.runtime.progress import Monitor, open_trackers
+from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.scoring import evaluation
 
 
 def run_config(path: str | Path, overrides: Sequence[str]) -> None:
@@ -81,7 +77,7 @@ def _run_or_resume(config: Config) -> None:
         tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
         clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
         config = with_side_rank(config, found)
-        warning = distributed.on_main(lambda: planning.warning(config))
+        warning = distributed.on_main(lambda: choice.warning(config))
         if warning:
             _tell(warning)
         engine = distributed.together(lambda: engine_for(config, len(clients)))
@@ -98,7 +94,7 @@ def with_side_rank(config: Config, found: Found) -> Config:
     if found.checkpoint is not None:
         rank = found.checkpoint.config["aggregate"]["side_rank"]
     else:
-        rank = distributed.on_main(lambda: planning.side_rank_that_fits(config))
+        rank = distributed.on_main(lambda: choice.side_rank_that_fits(config))
         if rank != "auto":
             _tell(f"side adapter: room for {rank} columns here (aggregate.side_rank)")
     return changed(config, aggregate=changed(config.aggregate, side_rank=rank))

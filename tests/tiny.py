@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedex_scale.algebra import Pair
+from fedex_scale.methods.algebra import Pair
 
 VOCABULARY = 400
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

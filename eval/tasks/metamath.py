@@ -16,7 +16,7 @@ from fedex_scale.data.latex import (
     symbolically_equal,
 )
 from fedex_scale.data.prompts import MATH_EVALUATION_PROMPT, MATH_PROMPT
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 Responses = Iterable[list[str]]
 NO_ANSWER = "[invalid]"  # as lm-eval's own filters say it

@@ -16,7 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from fedex_scale.config.section import Section, key_schemas
 from fedex_scale.config.settings import Config
 from fedex_scale.config.words import expected, named, nearest
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 SCHEMA = Path(__file__).with_name("schema.json")
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

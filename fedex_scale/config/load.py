@@ -11,7 +11,7 @@ import yaml
 from fedex_scale.config.settings import Config
 from fedex_scale.config.words import named, shown
 from fedex_scale.config.yamlfile import MAX_DEPTH, parse_yaml, read_yaml
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedex_scale.config.words import choices, expected, named, nearest, shown
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 S = TypeVar("S", bound="Section")
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fedex_scale.config.words import shown
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 ANSWER_MARKER = "The answer is: "
 GOLD_MARKER = "#### "

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from fedex_scale.config.federation import PartitionConfig
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 MAX_REDRAWS = 100  # of a Dirichlet split that leaves a client too little
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.data.answers import ANSWER_MARKER, gold_number
 from fedex_scale.data.batching import Examples
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 _TASK = (
     "Below is an instruction that describes a task. "

@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 
 from fedex_scale.config.learning import DataConfig
 from fedex_scale.data.prompts import SCHEMAS, Schema
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 DATA_DIR_VARIABLE = "FEDEX_SCALE_DATA"
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

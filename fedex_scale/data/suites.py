@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from fedex_scale.data.sources import DATA_DIR_VARIABLE, load, read_files
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 DEFAULT_DATA_DIR = "data"
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from random import Random
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 NAMES = (
     "Ada Amir Anna Ben Carla Chen Dana Elif Emil Fatima Goran Hana Ines Ivan Jamal June Kofi Lena "

@@ -10,7 +10,9 @@ from functools import partial
 
 import torch
 
-from fedex_scale.algebra import (
+from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods import flexlora, flora
+from fedex_scale.methods.algebra import (
     Clients,
     LowRank,
     Pair,
@@ -19,8 +21,6 @@ from fedex_scale.algebra import (
     mean_pair,
     residual,
 )
-from fedex_scale.config.federation import MethodConfig
-from fedex_scale.methods import flexlora, flora
 from fedex_scale.methods.interface import LayerUpdate
 
 

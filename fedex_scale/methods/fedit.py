@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fedex_scale.algebra import Clients, Pair, mean_pair
 from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods.algebra import Clients, Pair, mean_pair
 from fedex_scale.methods.interface import LayerUpdate
 
 

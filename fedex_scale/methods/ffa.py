@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fedex_scale.algebra import Clients, Pair, mean_pair
 from fedex_scale.config.federation import MethodConfig
-from fedex_scale.errors import UserError
+from fedex_scale.methods.algebra import Clients, Pair, mean_pair
 from fedex_scale.methods.interface import LayerUpdate
+from fedex_scale.runtime.errors import UserError
 
 A_TOLERANCE = 2.0**-8
 """Relative; lets a client pass that stores its untouched A in bf16."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from fedex_scale.algebra import Clients, LowRank, Pair, compress_pieces, ideal_update
 from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods.algebra import Clients, LowRank, Pair, compress_pieces, ideal_update
 from fedex_scale.methods.interface import LayerUpdate, fresh_pair
 
 

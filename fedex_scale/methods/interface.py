@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from fedex_scale.algebra import Clients, LowRank, Pair
 from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods.algebra import Clients, LowRank, Pair
 
 
 def fresh_pair(like: Pair, generator: torch.Generator) -> Pair:

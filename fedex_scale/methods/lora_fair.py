@@ -25,8 +25,15 @@ import sys
 import torch
 from torch import Tensor
 
-from fedex_scale.algebra import Clients, Pair, ideal_update, mean_pair, norm_of_sum, residual
 from fedex_scale.config.federation import MethodConfig
+from fedex_scale.methods.algebra import (
+    Clients,
+    Pair,
+    ideal_update,
+    mean_pair,
+    norm_of_sum,
+    residual,
+)
 from fedex_scale.methods.interface import LayerUpdate
 
 TOLERANCE = 1e-6

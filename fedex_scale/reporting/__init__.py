@@ -1,1 +1,1 @@
-"""A run's record as one page with figures."""
+"""A run's record, its page with figures, its card."""

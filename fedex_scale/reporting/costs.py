@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fedex_scale.phases import PHASES
 from fedex_scale.reporting.chart import SERIES, Chart, Record, legend
+from fedex_scale.runtime.phases import PHASES
 
 _COLORS = dict(zip(PHASES, (5, 3, 0, 6, 2, 1, 4, 7), strict=True))
 

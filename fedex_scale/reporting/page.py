@@ -9,11 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedex_scale import record
-from fedex_scale.errors import UserError
-from fedex_scale.reporting import costs, deviations, settings, tables, training, words
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.reporting import costs, deviations, record, settings, tables, training, words
 from fedex_scale.reporting.chart import Chart, Record
-from fedex_scale.state import RunDir
+from fedex_scale.runtime.errors import UserError
 
 Draw = Callable[[Record, Sequence[Record]], Chart | None]
 Group = dict[str, list]

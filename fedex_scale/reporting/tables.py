@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedex_scale.communication import millions, size
+from fedex_scale.aggregation.communication import millions, size
 from fedex_scale.reporting.chart import Record
 from fedex_scale.reporting.deviations import depth, observations, projection
 from fedex_scale.reporting.settings import facts

@@ -13,17 +13,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fedex_scale import distributed, head
+from fedex_scale.runtime import distributed
+from fedex_scale.engine import head
 from fedex_scale.config.learning import LoraSection
-from fedex_scale.algebra import LowRank, Pair
-from fedex_scale.client import train_client
+from fedex_scale.methods.algebra import LowRank, Pair
+from fedex_scale.federation.client import train_client
 from fedex_scale.config.learning import TrainSection
 from fedex_scale.data.batching import Examples
-from fedex_scale.engine import Engine, Source, build_engine, fold_targets, read_base_weight, read_pairs, set_adapter, set_side
+from fedex_scale.engine.build import (
+    Engine,
+    Source,
+    build_engine,
+    fold_targets,
+    read_base_weight,
+    read_pairs,
+    set_adapter,
+    set_side,
+)
 from fedex_scale.config.learning import EngineSection
-from fedex_scale.methods import fresh_pair
+from fedex_scale.methods.interface import fresh_pair
 from fedex_scale.config.learning import ModelSection
-from fedex_scale.weights import Target, fold
+from fedex_scale.aggregation.weights import Target, fold
 
 RANK, SIDE_RANK = 4, 6
 COLLECTIVES = (

@@ -12,15 +12,15 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from fedex_scale import distributed
+from fedex_scale.runtime import distributed
 from fedex_scale.config.learning import LoraSection
-from fedex_scale.engine import build_engine
+from fedex_scale.engine.build import build_engine
 from fedex_scale.config.learning import EngineSection
-from fedex_scale.evaluation import evaluate
+from fedex_scale.scoring.evaluation import evaluate
 from fedex_scale.config.settings import EvaluationSection
-from fedex_scale.models import load_tokenizer
+from fedex_scale.engine.models import load_tokenizer
 from fedex_scale.config.learning import ModelSection
-from fedex_scale.spread import spread_requests
+from fedex_scale.scoring.spread import spread_requests
 
 
 def main(model: str, deepspeed: str, data_dir: str, out: str) -> None:

@@ -14,8 +14,9 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
-from fedex_scale import distributed, loading, models
-from fedex_scale.errors import UserError
+from fedex_scale.runtime import distributed
+from fedex_scale.engine import loading, models
+from fedex_scale.runtime.errors import UserError
 from fedex_scale.config.learning import ModelSection
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from many_rounds import drifting, rounds_of
 
-from fedex_scale import distributed
-from fedex_scale.export import show_handed_over, write_final
+from fedex_scale.runtime import distributed
+from fedex_scale.federation.export import show_handed_over, write_final
 
 NUM_ROUNDS = 8
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_llama
 
-from fedex_scale.distributed import free_port
+from fedex_scale.runtime.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["none", "zero2", "zero3", "zero3_offload", "zero3_nvme"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rows import write_data
 
-from fedex_scale.distributed import free_port
+from fedex_scale.runtime.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 

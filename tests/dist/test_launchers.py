@@ -12,7 +12,7 @@ import yaml
 from launching import start
 from safetensors.torch import load_file
 
-from fedex_scale.distributed import free_port
+from fedex_scale.runtime.distributed import free_port
 
 OFFLOAD = "engine.deepspeed=ds_configs/zero3_offload.json"
 LAUNCHERS = {

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_llama
 
-from fedex_scale.distributed import free_port
+from fedex_scale.runtime.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 MB = 1e6

@@ -13,7 +13,7 @@ from peft import PeftModel
 from resuming import files
 from transformers import AutoModelForCausalLM
 
-from fedex_scale.distributed import free_port
+from fedex_scale.runtime.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,8 @@ from tiny import logits, near, random_pairs, save_adapter
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedex_scale.algebra import Pair
 from fedex_scale.cli import main
+from fedex_scale.methods.algebra import Pair
 
 SHAPES = {
     "tiny_llama": {

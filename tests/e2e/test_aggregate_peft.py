@@ -38,7 +38,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 COPY = "base_model.model.lm_head.base_layer.weight"
 

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import near, random_pairs, save_adapter
 
-from fedex_scale import outputs, tensorfile
 from fedex_scale.cli import main
+from fedex_scale.files import tensorfile
+from fedex_scale.runtime import outputs
 
 ROOT = Path(__file__).parents[2]
 LAYER = "model.layers.0.self_attn.q_proj"

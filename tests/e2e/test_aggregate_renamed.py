@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from fedex_scale.errors import UserError
+from fedex_scale.runtime.errors import UserError
 
 VIT = {"image_size": 32, "patch_size": 16, "hidden_dropout_prob": 0.0}
 RENAMED = {

@@ -27,12 +27,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedex_scale.aggregate_report import AggregateSection
-from fedex_scale.algebra import Pair
+from fedex_scale.aggregation.aggregate_report import AggregateSection
+from fedex_scale.aggregation.job import Job
+from fedex_scale.aggregation.offline import aggregate_files
 from fedex_scale.config.federation import MethodConfig
-from fedex_scale.errors import UserError
-from fedex_scale.job import Job
-from fedex_scale.offline import aggregate_files
+from fedex_scale.methods.algebra import Pair
+from fedex_scale.runtime.errors import UserError
 
 METHODS = "fedit fedex fedex-reinit fedex-svd fedex-keep flora flexlora lora_fair ffa".split()
 KINDS = ("llama", "llama-tied", "gpt2")

@@ -15,9 +15,9 @@ from launching import ROOT, start
 from rows import write_data
 from safetensors.torch import load_file
 
-from fedex_scale.distributed import free_port
-from fedex_scale.errors import UserError
-from fedex_scale.scoring import find_subject, table
+from fedex_scale.runtime.distributed import free_port
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.scoring.post_hoc import find_subject, table
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 TASKS = ["fedex_word_problems", "fedex_boolq"]

@@ -18,14 +18,17 @@ from functools import partial
 from pathlib import Path
 
 MOMENTS = {
-    "train": ["fedex_scale.client.train_step"],
-    "fold": ["fedex_scale.aggregator.fold", "fedex_scale.aggregator._read_layer"],
+    "train": ["fedex_scale.federation.client.train_step"],
+    "fold": [
+        "fedex_scale.aggregation.aggregator.fold",
+        "fedex_scale.aggregation.aggregator._read_layer",
+    ],
     "write": ["fedex_scale.tensorfile._write_all"],
     "checkpoint": [
-        "fedex_scale.checkpoint.entry_of",
-        "fedex_scale.checkpoint.sync",
-        "fedex_scale.checkpoint.prune",
-        "fedex_scale.saves.write_snapshot",
+        "fedex_scale.federation.checkpoint.entry_of",
+        "fedex_scale.federation.checkpoint.sync",
+        "fedex_scale.federation.checkpoint.prune",
+        "fedex_scale.federation.saves.write_snapshot",
     ],
     "evaluate": ["lm_eval.models.huggingface.HFLM._model_generate"],
 }
@@ -33,7 +36,8 @@ CALLS: Counter[str] = Counter()
 
 
 def main(kind: str, count: str, rank: str, *arguments: str) -> None:
-    from fedex_scale import cli, distributed
+    from fedex_scale import cli
+    from fedex_scale.runtime import distributed
 
     cli._set_up_libraries()
     is_victim = os.environ.get("RANK", "0") == rank

@@ -65,9 +65,9 @@ def is_read(path: Path) -> bool:
 def aggregate(base: Path, clients: Path, out: Path) -> None:
     from rich.console import Console
 
+    from fedex_scale.aggregation.job import Job
+    from fedex_scale.aggregation.offline import aggregate_files
     from fedex_scale.config.federation import AggregateSection, MethodConfig
-    from fedex_scale.job import Job
-    from fedex_scale.offline import aggregate_files
 
     folders = tuple(sorted(clients.iterdir()))
     job = Job(
@@ -84,9 +84,9 @@ def aggregate(base: Path, clients: Path, out: Path) -> None:
 
 
 def newest(run: Path) -> None:
-    from fedex_scale.checkpoint import newest
-    from fedex_scale.errors import UserError
-    from fedex_scale.state import RunDir
+    from fedex_scale.federation.checkpoint import newest
+    from fedex_scale.files.run_dir import RunDir
+    from fedex_scale.runtime.errors import UserError
 
     found, problems = newest(RunDir(run))
     if found is None or problems:
@@ -105,6 +105,7 @@ def observe(
 ) -> tuple[dict, dict]:
     """Return what a reader did to a copy, and what it needed."""
     import fedex_scale.offline
+
     import fedex_scale.run  # noqa: F401
 
     out = folder / "out"
@@ -128,7 +129,7 @@ def observe(
 
 
 def read(reader: Callable[[Path, Path], None], copy: Path, out: Path) -> int:
-    from fedex_scale.errors import UserError
+    from fedex_scale.runtime.errors import UserError
 
     try:
         reader(copy, out)

@@ -15,9 +15,11 @@ import pytest
 import torch
 from resuming import assert_same_result, events, write_config
 
-from fedex_scale import checkpoint, client, faults, saves, tensorfile
 from fedex_scale.cli import main
-from fedex_scale.state import RunDir
+from fedex_scale.federation import checkpoint, client, saves
+from fedex_scale.files import tensorfile
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime import faults
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from fedex_scale import distributed
-from fedex_scale.tensorfile import SafetensorsReader
+from fedex_scale.files.tensorfile import SafetensorsReader
+from fedex_scale.runtime import distributed
 
 _setup_privateuseone_for_python_backend("fakegpu")
 GPU = torch.device("fakegpu", 0)

@@ -17,18 +17,19 @@ from server_oracle import RANK, SCALING, SHAPES, make_clients, start
 from tiny import SIZES, save_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fedex_scale import engine as engines
-from fedex_scale import models
-from fedex_scale.adapters import Adapter
-from fedex_scale.aggregator import Round, Sinks, aggregate
-from fedex_scale.algebra import LowRank, Pair
-from fedex_scale.client import take_factors
+from fedex_scale.aggregation.aggregator import Round, Sinks, aggregate
+from fedex_scale.aggregation.weights import Target, fold
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
 from fedex_scale.data.batching import Examples, collate, pack
-from fedex_scale.engine import Engine, build_engine
-from fedex_scale.methods import METHODS, ffa
-from fedex_scale.weights import Target, fold
+from fedex_scale.engine import build as engines
+from fedex_scale.engine import models
+from fedex_scale.engine.build import Engine, build_engine
+from fedex_scale.federation.client import take_factors
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.methods import ffa
+from fedex_scale.methods.algebra import LowRank, Pair
+from fedex_scale.methods.all import METHODS
 
 
 def test_a_mix_of_devices_is_seen() -> None:

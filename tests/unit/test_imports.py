@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,106 +16,78 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fedex_scale"
+ERRORS = "fedex_scale.runtime.errors"
 
-# Each module, or folder of modules, may import what stands below it.
-ORDER = (
+# From top to bottom: a room may import what stands below it, and nothing of `fedex_scale` itself.
+ROOMS = (
     "cli",
-    "offline",
-    "job",
-    "reporting",
-    "compare",
-    "scoring",
     "run",
-    "plan_table",
     "planning",
-    "plan",
-    "footprint",
-    "doctor",
-    "machine",
     "rounds",
-    "saves",
-    "export",
-    "server",
-    "client",
-    "screening",
-    "card",
-    "record",
-    "communication",
-    "aggregator",
-    "deviation",
-    "aggregate_report",
-    "history",
-    "evaluation",
-    "stock_tasks",
-    "spread",
-    "progress",
-    "snapshot",
+    "federation",
+    "scoring",
+    "reporting",
     "engine",
-    "ds_config",
-    "loading",
-    "lora_model",
-    "head",
-    "models",
-    "adapters",
-    "peft_config",
+    "aggregation",
+    "files",
     "data",
-    "parameters",
-    "weights",
-    "side",
     "methods",
-    "algebra",
-    "lowrank",
-    "basefiles",
-    "conversion",
-    "tensorfile",
-    "checkpoint",
-    "outputs",
     "config",
-    "faults",
-    "phases",
-    "distributed",
-    "state",
-    "errors",
+    "runtime",
 )
-PURE = ("methods", "algebra", "lowrank")
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES}
 
 
-def test_every_module_has_its_place() -> None:
-    assert {level(file) for file in FILES} - {"__init__"} == set(ORDER)
+def test_every_module_has_its_room() -> None:
+    assert {room(file) for file in FILES} - {"__init__"} == set(ROOMS)
+
+
+def test_a_room_says_what_it_is_for_and_imports_nothing() -> None:
+    for file in PACKAGE.glob("*/__init__.py"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 1, file
+        assert lines[0].startswith('"""'), file
+        assert not (file.parent / f"{file.parent.name}.py").exists(), "one name for two things"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_point_down(file: Path) -> None:
-    own = level(file)
+    own = room(file)
     for module in imported(file):
         package, *rest = module.split(".")
         if package == "fedex_scale" and rest and rest[0] != own:
             assert own != "__init__", f"importing fedex_scale would import {module}"
-            assert ORDER.index(own) < ORDER.index(rest[0]), f"{own} imports {module}"
+            assert ROOMS.index(own) < ROOMS.index(rest[0]), f"{own} imports {module}"
+
+
+def test_no_circle_within_a_room() -> None:
+    known = set(MODULES.values())
+    graph = {
+        name: {module for module in imported(file) if module in known and module != name}
+        for file, name in MODULES.items()
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_few_modules_import_deepspeed() -> None:
     importers = {
-        level(file) for file in FILES for name in imported(file) if is_in("deepspeed", name)
+        MODULES[file] for file in FILES for name in imported(file) if is_in("deepspeed", name)
     }
-    assert importers <= {"engine", "parameters", "weights"}
+    assert importers <= {"fedex_scale.engine.build", "fedex_scale.engine.parameters"}
 
 
-def test_methods_know_torch_and_their_settings_and_nothing_else() -> None:
-    own = (f"fedex_scale.{m}" for m in (*PURE, "config", "errors"))
-    allowed = {"torch", *sys.stdlib_module_names, *own}
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        ("methods", ("torch", "fedex_scale.methods", "fedex_scale.config", ERRORS)),
+        ("config", ("pydantic", "yaml", "fedex_scale.config", ERRORS)),
+    ],
+)
+def test_rooms_that_know_little(own: str, others: tuple[str, ...]) -> None:
+    allowed = {*others, *sys.stdlib_module_names}
     for file in FILES:
-        if level(file) in PURE:
-            for module in imported(file):
-                assert any(is_in(name, module) for name in allowed), f"{file.name}: {module}"
-
-
-def test_settings_know_errors_and_nothing_else() -> None:
-    own = ("fedex_scale.config", "fedex_scale.errors")
-    allowed = {"pydantic", "yaml", *sys.stdlib_module_names, *own}
-    for file in FILES:
-        if level(file) == "config":
+        if room(file) == own:
             for module in imported(file):
                 assert any(is_in(name, module) for name in allowed), f"{file.name}: {module}"
 
@@ -152,7 +125,7 @@ def test_a_run_without_deepspeed_does_not_import_it(tiny_llama: Path, tmp_path: 
     assert (tmp_path / "runs" / "run" / "final" / "base" / "config.json").is_file()
 
 
-def level(file: Path) -> str:
+def room(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from rows import write_data
 
-from fedex_scale import evaluation
 from fedex_scale.config.learning import EngineSection
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import EvaluationSection
-from fedex_scale.engine import read_ds_config
-from fedex_scale.errors import UserError
+from fedex_scale.engine.build import read_ds_config
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.scoring import evaluation
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch").glob("*.yaml"))

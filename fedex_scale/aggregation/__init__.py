@@ -1,0 +1,1 @@
+"""Layer by layer: factors in, method, fold, out."""

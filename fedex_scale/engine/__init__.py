@@ -1,0 +1,1 @@
+"""The model on the machine: built once, reset for each client."""

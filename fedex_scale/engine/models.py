@@ -1,0 +1,175 @@
+"""The base model and its tokenizer, wrapped once with the adapters that all rounds use."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from fedex_scale.config.learning import ModelSection
+from fedex_scale.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "model_configs"
+# Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
+PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def resolve_dtype(section: ModelSection) -> torch.dtype:
+    """Return the dtype that the base is held and computed in."""
+    if section.dtype == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16
+        features = torch.cpu.get_capabilities()
+        if features.get("avx512_bf16") or features.get("amx_bf16"):
+            return torch.bfloat16
+        log.info("model.dtype: float32, as this CPU has no fast bfloat16")
+        return torch.float32
+    return getattr(torch, section.dtype)
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a pad token (eos where it has none)."""
+    if section.config:
+        return _byte_tokenizer()
+    tokenizer = _load(AutoTokenizer, section)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: the tokenizer of {section.path} has no EOS token; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_packing(section: ModelSection) -> None:
+    """Raise a UserError where examples in one row might see each other."""
+    kind = base_config(section).model_type
+    if kind not in PACKABLE:
+        raise UserError(
+            f"train.packing: expected a model of type {', '.join(PACKABLE)}, got {kind}, whose "
+            "attention may not keep examples apart; use train.group_by_length instead"
+        )
+
+
+def check_vocabulary(section: ModelSection, largest: int) -> None:
+    """Raise a UserError where the tokenizer's largest token is none of the model's."""
+    size = base_config(section).get_text_config().vocab_size
+    if largest >= size:
+        raise UserError(
+            f"model: expected tokens below its vocabulary's size, {size}, got token {largest}; "
+            f"give {section.path} the tokenizer that it was made with"
+        )
+
+
+def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned."""
+    config = base_config(section)
+    options = {"dtype": dtype, "attn_implementation": attention(section, config), "config": config}
+    if section.quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=section.quantization == "int8",
+            load_in_4bit=section.quantization == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": device}
+    model = _load(AutoModelForCausalLM, section, **options)
+    model.config.use_cache = True
+    model.requires_grad_(False)
+    return model
+
+
+def base_config(section: ModelSection, *, offline: bool = False) -> PretrainedConfig:
+    """Return the model's config.json.
+
+    Args:
+        offline: take the facts that come along for a model of the hub, if there are any.
+
+    Raises:
+        UserError: it cannot be had, or read.
+    """
+    file = section.config or (known_models().get(section.path) if offline else None)
+    if file is None:
+        return _load(AutoConfig, section)
+    names = sorted(path.stem for path in CONFIGS.glob("*.json"))
+    path = CONFIGS / f"{file}.json" if file in names else Path(file)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"model.config: expected a config.json or one of {', '.join(names)}, got {file}"
+        )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.config: cannot read {path}: {reason}") from None
+
+
+def known_models() -> dict[str, str]:
+    """Return the models of the hub whose config.json comes along: its name, by the hub's id."""
+    files = sorted(CONFIGS.glob("*.json"))
+    return {json.loads(file.read_text())["_name_or_path"]: file.stem for file in files}
+
+
+def meta_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model without memory for its weights: shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+
+
+def largest_weight(section: ModelSection) -> int:
+    """Return how many elements the model's largest weight has, from its config alone."""
+    model = meta_model(section, base_config(section))
+    return max(parameter.numel() for parameter in model.parameters())
+
+
+def attention(section: ModelSection, config: PretrainedConfig) -> str:
+    """Return the attention implementation, resolved."""
+    if section.attention != "auto":
+        return section.attention
+    return "eager" if config.model_type == "gemma2" else "sdpa"
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the bytes, and three more."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokens = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _load(cls: type, section: ModelSection, **options):
+    """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
+    path = Path(section.path)
+    local = path.exists() or section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
+    if local and not (path / "config.json").is_file():
+        raise UserError(
+            f"model.path: expected a model directory or a hub id, got {section.path}, "
+            "which has no config.json; correct the path (make model fetches the quickstart's)"
+        )
+    try:
+        return cls.from_pretrained(
+            section.path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path: cannot load {section.path}: {reason}") from None

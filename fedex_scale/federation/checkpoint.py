@@ -1,0 +1,242 @@
+"""Checkpoints on disk: written beside and renamed, verified before one is believed.
+
+A run's large files are in its directory anyway: the adapter of every client and of the server
+after every round. A checkpoint says which of them are complete, by size and SHA-256, and how far
+the run had come; for a client that is being trained it holds that client's adapter, optimizer
+moments and random states as well. What a fold did to the base is not stored a second time: a
+resumed run folds the same adapters again.
+
+    checkpoints/000007/manifest.json             place, config, every file it relies on
+    checkpoints/000007/adapter/                  the running client's, a PEFT directory
+    checkpoints/000007/rank-0000.safetensors     a rank's optimizer moments and random states
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedex_scale.federation.state import Place
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime.errors import UserError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+_BLOCK = 2**20
+_MAX_MANIFEST_BYTES = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint's manifest.
+
+    Fields:
+        config: the resolved config, as plain data.
+        world_size: ranks that wrote it.
+        metrics_bytes: length of metrics.jsonl at this place.
+        boundary_bytes: the same where the running client had not begun.
+        files: size and SHA-256 of every file that it relies on, by path in the run directory.
+    """
+
+    number: int
+    place: Place
+    config: dict[str, Any]
+    world_size: int
+    metrics_bytes: int
+    boundary_bytes: int
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def without_running(self) -> Checkpoint:
+        """Return the same where the running client has not begun."""
+        place = replace(self.place, running=None)
+        return replace(self, place=place, metrics_bytes=self.boundary_bytes)
+
+
+def publish(run: RunDir, scratch: Path, checkpoint: Checkpoint, known: dict) -> Checkpoint:
+    """Complete a checkpoint that was begun in `scratch`, and give it its name.
+
+    Args:
+        known: entries of files that an earlier checkpoint relies on, which are not read again.
+
+    Returns:
+        The checkpoint with all its files. They are on disk, and so is its name.
+    """
+    own = {path: path.relative_to(scratch) for path in _files_under([scratch])}
+    final = run.checkpoint(checkpoint.number)
+    files = {}
+    for path in _files_under(folders_of(run, checkpoint.place)):
+        name = str(path.relative_to(run.path))
+        files[name] = known.get(name) or entry_of(path)
+    for path, name in own.items():
+        files[str((final / name).relative_to(run.path))] = entry_of(path)
+    complete = replace(checkpoint, files=files)
+    _write_manifest(scratch / MANIFEST, complete)
+    if final.exists():
+        shutil.rmtree(final)
+    scratch.rename(final)
+    sync(run.checkpoints)
+    return complete
+
+
+def prune(run: RunDir, newest: Checkpoint, *, keep: int) -> None:
+    """Remove all but the newest `keep`, once the newest has been read back."""
+    read(run, newest.number, deep=False)
+    for number in numbers(run)[:-keep]:
+        shutil.rmtree(run.checkpoint(number))
+
+
+def newest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that verifies, and what is wrong with newer ones."""
+    problems = []
+    for number in reversed(numbers(run)):
+        try:
+            return read(run, number, deep=True), problems
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def numbers(run: RunDir) -> list[int]:
+    """Return the numbers of the checkpoints there are, ascending."""
+    if not run.checkpoints.is_dir():
+        return []
+    names = (path.name for path in run.checkpoints.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def read(run: RunDir, number: int, *, deep: bool) -> Checkpoint:
+    """Return a checkpoint whose files are there and of the right size.
+
+    Args:
+        deep: read the files, and compare their SHA-256 as well.
+
+    Raises:
+        UserError: it is damaged; the message names the file.
+    """
+    path = run.checkpoint(number) / MANIFEST
+    try:
+        checkpoint = _read_manifest(path, number)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    for name, (size, digest) in checkpoint.files.items():
+        file = run.path / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                raise UserError(f"{file}: damaged: expected {size} bytes, got {found}")
+            if deep and entry_of(file)[1] != digest:
+                raise UserError(f"{file}: damaged: its SHA-256 is another one")
+        except OSError as error:
+            raise UserError(f"{file}: damaged: {error.strerror}") from None
+    return checkpoint
+
+
+def rewind(run: RunDir, checkpoint: Checkpoint) -> None:
+    """Take the run directory back to a checkpoint: remove what came after it."""
+    place = checkpoint.place
+    for number in numbers(run):
+        if number > checkpoint.number:
+            shutil.rmtree(run.checkpoint(number))
+    for scratch in run.checkpoints.glob(".*"):
+        shutil.rmtree(scratch)
+    after = [run.final]
+    after += [x for x in run.server(0).parent.glob("round-*") if x > run.server(place.state.round)]
+    running = run.client(place.state.round + 1, 0).parent
+    after += [x for x in running.parent.glob("round-*") if x > running]
+    done = [run.client(place.state.round + 1, client) for client in place.done]
+    after += [x for x in running.glob("*") if x not in done]
+    for folder in after:
+        shutil.rmtree(folder, ignore_errors=True)
+    if run.metrics.exists() and run.metrics.stat().st_size > checkpoint.metrics_bytes:
+        os.truncate(run.metrics, checkpoint.metrics_bytes)
+
+
+def folders_of(run: RunDir, place: Place) -> list[Path]:
+    """Return what in the run directory a run at this place relies on.
+
+    Adapters of clients whose round is over count only where the base must be folded again.
+    """
+    rounds = range(1, place.state.round + 1)
+    folders = [run.server(round) for round in (0, *rounds)]
+    if place.state.base_changed:
+        folders += [run.client(round, 0).parent for round in rounds]
+    folders += [run.client(place.state.round + 1, client) for client in place.done]
+    return [run.path / "partition.json", *folders]
+
+
+def entry_of(path: Path) -> tuple[int, str]:
+    """Return a file's size and SHA-256, once it is on disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Let a file's bytes, or a directory's names, reach the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _files_under(folders: Iterable[Path]) -> list[Path]:
+    """Return all files below, after the names in their directories have reached the disk."""
+    files = []
+    for top in folders:
+        if top.is_file():
+            files.append(top)
+        for folder, _, names in os.walk(top):
+            sync(Path(folder))
+            files += [Path(folder) / name for name in names]
+    return sorted(files)
+
+
+def _write_manifest(path: Path, checkpoint: Checkpoint) -> None:
+    tree = {
+        "format": FORMAT,
+        "place": checkpoint.place.as_dict(),
+        "world_size": checkpoint.world_size,
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "boundary_bytes": checkpoint.boundary_bytes,
+        "config": checkpoint.config,
+        "config_sha256": _digest(checkpoint.config),
+        "files": checkpoint.files,
+    }
+    tree["sha256"] = _digest(tree)
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    sync(path)
+    sync(path.parent)
+
+
+def _read_manifest(path: Path, number: int) -> Checkpoint:
+    if not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise ValueError("no manifest")
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    if tree.pop("sha256") != _digest(tree):
+        raise ValueError("its SHA-256 is another one")
+    if tree["format"] != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {tree['format']}")
+    return Checkpoint(
+        number=number,
+        place=Place.from_dict(tree["place"]),
+        config=tree["config"],
+        world_size=tree["world_size"],
+        metrics_bytes=tree["metrics_bytes"],
+        boundary_bytes=tree["boundary_bytes"],
+        files={name: (size, digest) for name, (size, digest) in tree["files"].items()},
+    )
+
+
+def _digest(tree: dict) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

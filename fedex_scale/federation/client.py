@@ -1,0 +1,249 @@
+"""Train one client on the shared engine, and hand over its adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import transformers
+
+from fedex_scale.config.learning import LoraSection, TrainSection
+from fedex_scale.data.batching import Examples, collate, pack, plan_steps, shard
+from fedex_scale.engine.build import (
+    Engine,
+    Source,
+    is_conv1d,
+    read_pairs,
+    reset_for_client,
+    train_step,
+)
+from fedex_scale.federation.state import ClientProgress
+from fedex_scale.files.adapters import AdapterWriter
+from fedex_scale.methods.algebra import Pair
+from fedex_scale.runtime import distributed, faults, phases
+from fedex_scale.runtime.errors import ClientFailure
+from fedex_scale.runtime.phases import phase
+from fedex_scale.runtime.seeds import derive_seed
+
+CLIENT_FILE = "client.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What a client sends, besides its adapter: saved as client.json beside it."""
+
+    round: int
+    client: int
+    num_examples: int
+    num_steps: int
+    num_tokens: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+def num_steps(num_examples: int, section: TrainSection) -> int:
+    """Return the optimizer steps of a client with so many examples, in one round."""
+    steps = -(-num_examples // section.batch_size) * section.local_epochs
+    return min(steps, section.max_steps or steps)
+
+
+def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
+    """Return the rate of a step (from 0): linear warmup, then the schedule down to 0.
+
+    The same curves as transformers' `get_scheduler`; a function of the step, so that nothing has
+    to be reset between clients or saved in a checkpoint.
+    """
+    # A client of one step would otherwise only warm up, and train nothing.
+    warmup = math.ceil(num_steps * section.warmup_ratio) if num_steps > 1 else 0
+    if step < warmup:
+        return section.learning_rate * step / max(1, warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    factor = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[section.schedule]
+    return section.learning_rate * factor
+
+
+def train_client(
+    engine: Engine,
+    examples: Examples,
+    start: Source,
+    section: TrainSection,
+    *,
+    seed: int,
+    round: int,
+    client: int,
+    side: bool,
+    pad_id: int,
+    on_step: Callable[[dict], None],
+    begin: ClientProgress | None = None,
+    restore: Callable[[], None] = lambda: None,
+    save: Callable[[ClientProgress], None] = lambda progress: None,
+) -> ClientUpdate:
+    """Train one client from the server's adapter; the engine then holds the client's.
+
+    The result depends on the examples, the start, and (seed, round, client), and not on what the
+    engine did before.
+
+    Args:
+        start: the adapter to begin with, by layer.
+        side: whether the side adapter takes part in the forward pass.
+        on_step: called on every rank after each step with step, loss, lr and tokens.
+        begin: where a checkpoint left the client, whose adapter is then `start`.
+        restore: sets the rest of what that checkpoint holds, on every rank.
+        save: called on every rank after each step; may write a checkpoint, or stop the run.
+
+    Raises:
+        ClientFailure: the loss is no longer finite.
+    """
+    progress = begin or ClientProgress(client=client)
+    began = time.perf_counter() - progress.seconds
+    again = ("again", progress.attempt) if progress.attempt else ()
+    with phase("client switch"):
+        reset_for_client(engine, start, side=side)
+    steps = plan_steps(
+        examples.lengths,
+        batch_size=section.batch_size,
+        epochs=section.local_epochs,
+        seed=derive_seed(seed, "order", round, client, *again),
+        group_by_length=section.group_by_length,
+    )[: section.max_steps]
+    transformers.set_seed(derive_seed(seed, "train", round, client, distributed.rank(), *again))
+    if progress.step:
+        restore()
+    with faults.deferring(), phase("training"):
+        for step in range(progress.step, len(steps)):
+            indices, lr = steps[step], learning_rate(step, len(steps), section)
+            trained = int(examples.num_trained[indices].sum())
+            batches = list(_micro_batches(examples, indices, section, pad_id))
+            with phases.step():
+                loss = train_step(engine, batches, tokens=trained, lr=lr)
+            if not math.isfinite(loss):
+                raise ClientFailure(
+                    f"round {round}, client {client}, step {step + 1}: expected a finite loss, got "
+                    f"{loss}; lower train.learning_rate or look at this client's data"
+                )
+            tokens = int(examples.lengths[indices].sum())
+            progress = replace(
+                progress,
+                step=step + 1,
+                num_tokens=progress.num_tokens + tokens,
+                first_loss=progress.first_loss if step else loss,
+                last_loss=loss,
+                seconds=time.perf_counter() - began,
+            )
+            place = {"round": round, "client": client, "step": step + 1, "steps": len(steps)}
+            on_step({**place, "loss": loss, "lr": lr, "tokens": tokens})
+            save(progress)
+    return ClientUpdate(
+        round=round,
+        client=client,
+        num_examples=len(examples),
+        num_steps=len(steps),
+        num_tokens=progress.num_tokens,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        seconds=progress.seconds,
+    )
+
+
+def take_factors(engine: Engine, *, who: str) -> dict[str, Pair]:
+    """Return the adapter that the engine holds, on rank 0; every rank must take part.
+
+    It stays as it is when the engine goes on to another client.
+
+    Args:
+        who: whose it is, for an error.
+
+    Raises:
+        ClientFailure: it is not finite.
+    """
+    pairs = _finite_pairs(engine, who=who)
+    return {layer: pair for layer, pair in pairs if distributed.is_main()}
+
+
+def write_client(
+    engine: Engine,
+    update: ClientUpdate,
+    factors: Mapping[str, Pair],
+    directory: Path,
+    lora: LoraSection,
+    base: str,
+) -> None:
+    """Write what a client sends as a PEFT directory; rank 0 alone, and in any thread."""
+    with open_adapter(engine, directory, lora, base) as writer:
+        writer.write_all(factors)
+    (directory / CLIENT_FILE).write_text(json.dumps(asdict(update), indent=2) + "\n")
+
+
+def read_update(directory: Path) -> ClientUpdate:
+    """Return what `write_client` wrote beside the adapter."""
+    return ClientUpdate(**json.loads((directory / CLIENT_FILE).read_text()))
+
+
+def write_adapter(
+    engine: Engine, directory: Path, lora: LoraSection, base: str, *, who: str
+) -> None:
+    """Write the adapter that the engine holds; every rank must take part.
+
+    Args:
+        who: whose it is, for an error.
+
+    Raises:
+        ClientFailure: it is not finite.
+    """
+    with ExitStack() as stack:
+        write = None
+        if distributed.is_main():
+            write = stack.enter_context(open_adapter(engine, directory, lora, base)).write
+        for layer, pair in _finite_pairs(engine, who=who):
+            if write is not None:
+                write(layer, pair)
+
+
+def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) -> AdapterWriter:
+    """Return a writer for an adapter of the run's rank and alpha over the engine's layers."""
+    return AdapterWriter(
+        directory,
+        engine.shapes(),
+        rank=lora.rank,
+        alpha=lora.alpha,
+        base=base,
+        use_rslora=lora.use_rslora,
+        fan_in_fan_out=is_conv1d(engine),
+    )
+
+
+def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair]]:
+    for layer, pair in read_pairs(engine, copy=False):
+        # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
+        if not all(math.isfinite(factor.sum()) for factor in pair):
+            raise ClientFailure(
+                f"{who}, layer {layer}: expected finite factors, got NaN or Inf; "
+                "lower train.learning_rate or look at its data"
+            )
+        yield layer, pair
+
+
+def _micro_batches(
+    examples: Examples, indices: list[int], section: TrainSection, pad_id: int
+) -> Iterator[dict]:
+    parts = shard(
+        indices,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        micro_batch_size=section.micro_batch_size,
+    )
+    for part in parts:
+        if section.packing:
+            yield pack(examples, part, fallback=indices[0])
+        else:
+            yield collate(examples, part, fallback=indices[0], pad_id=pad_id)

@@ -1,0 +1,319 @@
+"""What a finished run hands over: adapters that PEFT loads, and the base where it was changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from torch.nn.functional import pad
+
+from fedex_scale.aggregation.weights import Target, fold
+from fedex_scale.config.settings import Config
+from fedex_scale.engine.build import Engine, Source, is_conv1d, read_base_weight, set_single
+from fedex_scale.federation.history import History
+from fedex_scale.federation.server import show
+from fedex_scale.federation.state import ServerState
+from fedex_scale.files.adapters import Adapter, AdapterWriter, write_joined
+from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.methods.algebra import LowRank, Pair, compress, norm, stack
+from fedex_scale.runtime import distributed
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import building, check_out
+from fedex_scale.runtime.phases import phase
+
+
+class Handed(NamedTuple):
+    """The adapter that a run hands over, as the forward pass sees it.
+
+    Fields:
+        source: the factors by layer, float32, of one rank; what lacks columns has zeros.
+        scaling: what B A is multiplied by.
+        rank: of every layer.
+    """
+
+    source: Source
+    scaling: float
+    rank: int
+
+
+def handed_over(run: RunDir, state: ServerState) -> Handed:
+    """Return the server's adapter after a round, the side adapter's columns beside its own."""
+    adapter = Adapter(run.adapter(state.round))
+    history = History(run, state.round)
+    more = 0
+    if state.has_side and not state.base_changed:
+        more = max(map(history.side_rank, adapter.layers))
+    if not more:
+        return Handed(adapter.pair, adapter.scaling, adapter.rank)
+    rank = adapter.rank + more
+
+    def joined(layer: str) -> Pair:
+        own, side = adapter.pair(layer).float(), history.side(layer)
+        A_RI = torch.cat([own.A_RI, side.A_RI])
+        B_OR = torch.cat([own.B_OR * adapter.scaling, side.B_OR], dim=1)
+        missing = rank - A_RI.shape[0]
+        return Pair(pad(A_RI, (0, 0, 0, missing)), pad(B_OR, (0, missing)))
+
+    return Handed(joined, 1.0, rank)
+
+
+@phase("folding")
+def show_handed_over(engine: Engine, run: RunDir, state: ServerState) -> None:
+    """Let the engine compute as PEFT does with what the run would hand over after this round.
+
+    With planes, which no adapter holds, it computes with both planes.
+    """
+    if engine.has_planes:
+        show(engine, run, state)
+        return
+    adapter = handed_over(run, state)
+    set_single(engine, adapter.source, scaling=adapter.scaling)
+
+
+@phase("writing")
+def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState) -> dict[str, Path]:
+    """Write final/adapter, final/exact_adapter and, where a fold changed it, final/base.
+
+    final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
+    base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
+    float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
+    their updates there too. It is left out where the clients were too many to keep their residual.
+
+    Returns:
+        What was written, by name, to show the user.
+    """
+    written = {"adapter": run.final / "adapter"}
+    if distributed.is_main():
+        server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
+        if handed.rank == server.rank:
+            shutil.copytree(server.path, written["adapter"])
+        else:
+            base, rank = config.model.path, handed.rank
+            with AdapterWriter(
+                written["adapter"],
+                engine.shapes(),
+                rank=rank,
+                alpha=rank,
+                base=base,
+                fan_in_fan_out=is_conv1d(engine),
+            ) as writer:
+                for layer in server.layers:
+                    writer.write(layer, handed.source(layer))
+        if not _rounds_without_factors(run, state.round):
+            written["exact_adapter"] = run.final / "exact_adapter"
+            parts = [server, *_residuals(run, state.round)]
+            write_joined(
+                written["exact_adapter"],
+                parts,
+                base=config.model.path,
+                fan_in_fan_out=is_conv1d(engine),
+            )
+    if state.base_changed and not config.model.random:
+        _write_base(config, engine, run.final / "base")
+        written["base"] = run.final / "base"
+    distributed.barrier()
+    return written
+
+
+def _write_base(config: Config, engine: Engine, out: Path) -> None:
+    """Copy the base model's files with the changed weights in their place, in the run's dtype.
+
+    Planes become one weight in float32, as bf16 would round the second one away.
+
+    Layer by layer: under ZeRO-3 one weight is gathered at a time. Every rank must take part.
+    """
+    try:
+        base = BaseFiles(base_directory(config.model.path, config.model.revision))
+        names = {layer: _weight_of(base, layer) for layer in engine.layers}
+    except UserError as error:
+        raise UserError(
+            f"final/base: {error}; meanwhile final/exact_adapter is for the untouched base"
+        ) from None
+    with ExitStack() as stack:
+        dtype = torch.float32 if engine.has_planes else engine.dtype
+        writer = BaseWriter(base, out, set(names.values()), dtype=dtype)
+        stack.callback(writer.close)
+        for layer, name in names.items():
+            weight = read_base_weight(engine, layer)
+            if distributed.is_main():
+                writer.write(name, weight)
+        if distributed.is_main():
+            writer.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What `export_run` made: ranks, and the relative error against the run's exact update."""
+
+    rounds: int
+    rank: int
+    error: float
+
+
+def export_run(
+    directory: Path,
+    out: Path,
+    *,
+    rank: int | None = None,
+    merged: bool = False,
+    dtype: str | None = None,
+    on_layer: Callable[[str], None] = lambda layer: None,
+) -> Exported:
+    """Turn a run into one adapter for the untouched base, or into a merged model.
+
+    The adapter has the server's rank plus that of every round's residual, and is exact.
+
+    Args:
+        rank: of the adapter instead: the best approximation of that rank.
+        merged: add everything to the base's weights, in one step, and write the model.
+        dtype: float32 or bfloat16, of a merged model; None: the base's own.
+
+    Raises:
+        UserError: not a run, unfinished, or with a round whose residual was not kept.
+    """
+    if merged and rank is not None:
+        raise UserError("export: --rank is for an adapter; leave it out with --merged")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"export: --dtype: expected float32 or bfloat16, got {dtype}")
+    if rank is not None and rank < 1:
+        raise UserError(f"export: --rank: expected at least 1, got {rank}")
+    if dtype and not merged:
+        raise UserError("export: --dtype is for a merged model; adapters are float32")
+    run = RunDir(directory)
+    model, last = _read_run(run)
+    missing = _rounds_without_factors(run, last)
+    if missing:
+        raise UserError(
+            f"{directory}: round {missing[0]} had too many clients to keep its residual; use "
+            "final/adapter, with final/base if there is one"
+        )
+    parts = [Adapter(run.adapter(last)), *_residuals(run, last)]
+    check_out(out, apart_from=directory if merged else None)
+    if merged:
+        return _export_merged(model, parts, out, dtype, last, on_layer)
+    return _export_adapter(model["path"], parts, out, rank, last, on_layer)
+
+
+def _export_adapter(
+    base: str,
+    parts: list[Adapter],
+    out: Path,
+    rank: int | None,
+    rounds: int,
+    on_layer: Callable[[str], None],
+) -> Exported:
+    server = parts[0]
+    whole = sum(part.rank for part in parts)
+    shapes = {layer: server.shapes(layer) for layer in server.layers}
+    written = rank or whole
+    num_bytes = sum(4 * written * sum(shape) for shape in shapes.values())
+    lost = total = 0.0
+    with (
+        building(out, num_bytes=num_bytes) as scratch,
+        AdapterWriter(
+            scratch,
+            shapes,
+            rank=written,
+            alpha=written,
+            base=base,
+            fan_in_fan_out=bool(server.config.get("fan_in_fan_out")),
+        ) as writer,
+    ):
+        for layer in shapes:
+            joined = _sum_of(parts, layer)
+            if rank is not None:
+                joined, rest = compress(joined, rank)
+                lost += norm(rest) ** 2
+                total += norm(joined) ** 2 + norm(rest) ** 2
+            writer.write_sum(layer, [joined])
+            on_layer(layer)
+    return Exported(rounds=rounds, rank=written, error=(lost / total) ** 0.5 if lost else 0.0)
+
+
+def _export_merged(
+    model: dict,
+    parts: list[Adapter],
+    out: Path,
+    dtype: str | None,
+    rounds: int,
+    on_layer: Callable[[str], None],
+) -> Exported:
+    base = BaseFiles(base_directory(model["path"], model.get("revision")))
+    check_out(out, apart_from=base.path)
+    server = parts[0]
+    flag = bool(server.config.get("fan_in_fan_out"))
+    names = {layer: _weight_of(base, layer) for layer in server.layers}
+    intended = missed = 0.0
+    with ExitStack() as exits:
+        writer = BaseWriter(
+            base, out, set(names.values()), dtype=getattr(torch, dtype) if dtype else None
+        )
+        writer.out = exits.enter_context(building(out, num_bytes=writer.num_bytes))
+        exits.callback(writer.close)
+        for layer, name in names.items():
+            shape = server.shapes(layer)
+            transposed = base.is_transposed(name, shape, flag)
+            target = Target(
+                lend=lambda name=name: writer.lend(name),
+                shape=base.shape(name),
+                numel=shape[0] * shape[1],
+                transposed=transposed,
+            )
+            stats = fold(target, [_sum_of(parts, layer)], carry=False)
+            intended, missed = intended + stats.intended, missed + stats.missed
+            on_layer(layer)
+        writer.finish()
+    return Exported(rounds=rounds, rank=0, error=(missed / intended) ** 0.5 if intended else 0.0)
+
+
+def _sum_of(parts: list[Adapter], layer: str) -> LowRank:
+    pairs = [(part.pair(layer).float(), part.scaling_of(layer)) for part in parts]
+    return stack(*(LowRank(pair.B_OR * scaling, pair.A_RI) for pair, scaling in pairs))
+
+
+def _weight_of(base: BaseFiles, layer: str) -> str:
+    name = base.find(layer)
+    if name is None or base.is_tied(layer):
+        raise UserError(
+            f"{base.path}: expected the weight of layer {layer} in its files, found none of its "
+            "own; use an adapter for the untouched base"
+        )
+    return name
+
+
+def _residuals(run: RunDir, last: int) -> list[Adapter]:
+    paths = [run.residual(number) for number in range(1, last + 1)]
+    return [Adapter(path) for path in paths if path.exists()]
+
+
+def _rounds_without_factors(run: RunDir, last: int) -> list[int]:
+    """Return the rounds that changed more than the adapter, but kept no factors of the change."""
+    missing = []
+    for number in range(1, last + 1):
+        report = run.server(number) / "aggregate.json"
+        has_factors = run.residual(number).exists() or not report.exists()
+        if not has_factors and json.loads(report.read_text())["residual_norm"] > 0:
+            missing.append(number)
+    return missing
+
+
+def _read_run(run: RunDir) -> tuple[dict, int]:
+    """Return the model section of a run's config, and its last round."""
+    try:
+        model = yaml.safe_load((run.path / "config.yaml").read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError(f"{run.path}: expected a run directory with a config.yaml") from None
+    last = 0
+    while (run.server(last + 1) / "aggregate.json").is_file():
+        last += 1
+    if last == 0:
+        raise UserError(f"{run.path}: expected a run with a finished round, found none")
+    return model, last

@@ -1,0 +1,1 @@
+"""What lies on disk: adapters, base models, the layout of a run."""

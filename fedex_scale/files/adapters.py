@@ -1,0 +1,344 @@
+"""LoRA adapters on disk: ordinary PEFT directories, read and written one layer at a time.
+
+Everything that travels between clients and server has this form: a client's result, the server's
+adapter, a round's residual factors (as an adapter of scaling 1) and the side adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedex_scale.files.peft_config import CONFIG_FILE, read_config
+from fedex_scale.files.tensorfile import SafetensorsReader, SafetensorsWriter, TrimmedWriter
+from fedex_scale.methods.algebra import LowRank, Pair, align, lora_scaling, stack
+from fedex_scale.runtime.errors import UserError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+class Adapter:
+    """A PEFT LoRA directory, opened lazily: no tensor is read before it is asked for.
+
+    Layers may differ in rank and alpha (`rank_pattern`, `alpha_pattern`).
+
+    Attributes:
+        rank: the highest of all layers.
+        scaling: of layers that no pattern names.
+        layers: names of the adapted modules in the base model.
+        full_weights: names, in the file, of whole weights that come along (`modules_to_save`).
+        base_copies: names, in the file, of weights of the base itself, and what the base calls
+            them: PEFT saves that of an adapted output layer beside its factors.
+
+    Raises:
+        UserError: the directory, its config or its weights cannot be used; the message names it.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory)
+        self.config = read_config(self.path)
+        self.scaling = self._scaling(self.config["r"], self.config["lora_alpha"])
+        try:
+            self.file = SafetensorsReader(self.path / WEIGHTS_FILE)
+        except OSError:
+            raise UserError(
+                f"{self.path}: expected {WEIGHTS_FILE}, found none; save the adapter as safetensors"
+            ) from None
+        self.layers = tuple(self._layer_names())
+        self.base_copies: dict[str, str] = {}
+        self.full_weights = tuple(self._full_weights())
+        if not self.layers:
+            raise UserError(
+                f"{self.path}: expected LoRA weights, found none; is it a LoRA adapter?"
+            )
+        varies = bool(self.config.get("rank_pattern"))
+        self.rank: int = max(map(self.rank_of, self.layers)) if varies else self.config["r"]
+
+    def pair(self, layer: str) -> Pair:
+        """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
+        self.shapes(layer)
+        return Pair(*(self.file.read(_key(layer, name)) for name in "AB"))
+
+    def shapes(self, layer: str) -> tuple[int, int]:
+        """Return (O, I) of one layer without reading its tensors."""
+        A, B = (self._shape(layer, name) for name in "AB")
+        rank = self.rank_of(layer)
+        if len(A) != 2 or len(B) != 2 or (A[0], B[1]) != (rank, rank):
+            raise UserError(
+                f"{self.path}, layer {layer}: expected matrices of rank {rank}, got shapes "
+                f"{A} and {B}; only linear layers can be aggregated"
+            )
+        return B[0], A[1]
+
+    def rank_of(self, layer: str) -> int:
+        return _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])
+
+    def scaling_of(self, layer: str) -> float:
+        """Return what B A of one layer is multiplied by."""
+        alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config["lora_alpha"])
+        return self._scaling(self.rank_of(layer), alpha)
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return lora_scaling(rank, alpha, rslora=bool(self.config.get("use_rslora")))
+
+    def _shape(self, layer: str, factor: str) -> tuple[int, ...]:
+        try:
+            return self.file.entries[_key(layer, factor)].shape
+        except KeyError:
+            raise UserError(
+                f"{self.path}: layer {layer} is missing; every client must adapt the same layers"
+            ) from None
+
+    def _layer_names(self) -> Iterator[str]:
+        names = [name for name in self.file.entries if name.startswith(_PREFIX)]
+        As, Bs = (
+            [name[len(_PREFIX) : -len(end)] for name in names if name.endswith(end)]
+            for end in (".lora_A.weight", ".lora_B.weight")
+        )
+        for layer in sorted(set(As) ^ set(Bs)):
+            there, missing = "AB" if layer in As else "BA"
+            raise UserError(
+                f"{self.path}, layer {layer}: expected lora_A and lora_B, found lora_{there} "
+                f"without lora_{missing}; save or send the adapter again"
+            )
+        yield from As
+
+    def _full_weights(self) -> Iterator[str]:
+        layers = set(self.layers)
+        for name in self.file.entries:
+            if name.endswith((".lora_A.weight", ".lora_B.weight")) and name.startswith(_PREFIX):
+                continue
+            if "lora_" in name or not name.startswith(_PREFIX):
+                raise UserError(
+                    f"{self.path}: expected lora_A.weight and lora_B.weight of linear layers, got "
+                    f"{name}, which cannot be aggregated; train plain LoRA on linear layers"
+                )
+            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+            owner = module.removesuffix(".base_layer")
+            if owner != module or owner in layers:
+                self.base_copies[name] = f"{owner}.{kind}"
+            else:
+                yield name
+
+
+class LayerPairs(Sequence[Pair]):
+    """One layer's pairs of all clients, each loaded when it is indexed and then forgotten.
+
+    Pairs are aligned: padded to `rank`, and scaled so that `scaling` applies to all of them.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        layer: str,
+        *,
+        rank: int,
+        scaling: float,
+        device: torch.device,
+    ) -> None:
+        self._adapters, self._layer, self._device = adapters, layer, device
+        self._rank, self._scaling = rank, scaling
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __getitem__(self, k: int) -> Pair:  # type: ignore[override]
+        adapter = self._adapters[k]
+        pair = adapter.pair(self._layer)
+        for name, factor in zip("AB", pair, strict=True):
+            if not torch.isfinite(factor).all():
+                raise UserError(
+                    f"{adapter.path}, layer {self._layer}: expected finite numbers, got NaN or Inf "
+                    f"in lora_{name}; leave this client out"
+                )
+        pair = Pair(*(factor.to(self._device) for factor in pair))
+        scaling = adapter.scaling_of(self._layer)
+        return align(pair, scaling, rank=self._rank, to_scaling=self._scaling)
+
+
+class AdapterWriter:
+    """Writes a PEFT directory layer by layer; no more than one layer is ever in memory.
+
+    Args:
+        directory: made if need be; complete once the `with` block is left.
+        shapes: layer name -> (O, I).
+        rank: R of every layer.
+        alpha: lora_alpha to write; give `alpha=rank` where B already holds the scaling.
+        base: name or path of the base model, for adapter_config.json.
+        settings: of adapter_config.json besides, or instead.
+        full_weights: dtype and shape of whole weights that come along, by their name in the file.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        rank: int,
+        alpha: float,
+        base: str,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        full_weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._rank = rank
+        specs = dict(full_weights or {})
+        for layer, (rows, columns) in shapes.items():
+            specs[_key(layer, "A")] = (torch.float32, (rank, columns))
+            specs[_key(layer, "B")] = (torch.float32, (rows, rank))
+        config = peft_config(
+            shapes,
+            rank=rank,
+            alpha=alpha,
+            base=base,
+            use_rslora=use_rslora,
+            fan_in_fan_out=fan_in_fan_out,
+        ) | dict(settings or {})
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        self._writer = SafetensorsWriter(directory / WEIGHTS_FILE, specs)
+
+    def write(self, layer: str, pair: Pair) -> None:
+        self._writer.write(_key(layer, "A"), pair.A_RI)
+        self._writer.write(_key(layer, "B"), pair.B_OR)
+
+    def write_all(self, pairs: Mapping[str, Pair]) -> None:
+        """Write every layer, where they are in memory."""
+        self._writer.write_whole(
+            {
+                _key(layer, name): factor
+                for layer, pair in pairs.items()
+                for name, factor in zip("AB", pair, strict=True)
+            }
+        )
+
+    def write_full(self, name: str, blocks: Iterator[Tensor]) -> None:
+        """Write a whole weight that comes along, as flat parts."""
+        self._writer.write_blocks(name, blocks)
+
+    def write_sum(self, layer: str, pieces: Iterable[LowRank]) -> None:
+        """Write low-rank factors, U as B and V as A, filled up with zeros to the rank."""
+        U_OP, V_PI = stack(*pieces)
+        missing = self._rank - V_PI.shape[0]
+        self.write(layer, Pair(pad(V_PI, (0, 0, 0, missing)), pad(U_OP, (0, missing))))
+
+    def __enter__(self) -> AdapterWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.__exit__(*error)
+
+
+class PartWriter:
+    """Writes low-rank matrices, layer by layer, as a PEFT directory whose layers differ in rank.
+
+    Args:
+        max_rank: columns that no layer exceeds.
+        dtype: of the file.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        max_rank: int,
+        dtype: torch.dtype,
+        base: str,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._shapes, self._base = directory, shapes, base
+        self._ranks: dict[str, int] = {}
+        largest = {}
+        for layer, (rows, columns) in shapes.items():
+            largest[_key(layer, "A")] = (dtype, (max_rank, columns))
+            largest[_key(layer, "B")] = (dtype, (rows, max_rank))
+        self._writer = TrimmedWriter(directory / WEIGHTS_FILE, largest)
+
+    def write(self, layer: str, part: LowRank) -> None:
+        """Write U as B and V as A; nothing becomes a column of zeros, which PEFT can load."""
+        missing = 0 if part.V_PI.shape[0] else 1
+        self._writer.write(_key(layer, "A"), pad(part.V_PI, (0, 0, 0, missing)))
+        self._writer.write(_key(layer, "B"), pad(part.U_OP, (0, missing)))
+        self._ranks[layer] = part.V_PI.shape[0] + missing
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, error: object, *rest: object) -> None:
+        self._writer.__exit__(error, *rest)
+        if not error:
+            rank = max(self._ranks.values())
+            other = {layer: own for layer, own in self._ranks.items() if own != rank}
+            config = peft_config(self._shapes, rank=rank, alpha=rank, base=self._base)
+            config |= {"rank_pattern": other, "alpha_pattern": other}
+            (self._directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def peft_config(
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    rank: int,
+    alpha: float,
+    base: str,
+    use_rslora: bool = False,
+    fan_in_fan_out: bool = False,
+) -> dict[str, Any]:
+    """Return adapter_config.json of plain LoRA on these layers."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "target_modules": target_suffixes(shapes),
+    }
+
+
+def write_joined(
+    directory: Path, adapters: Sequence[Adapter], *, base: str, fan_in_fan_out: bool = False
+) -> None:
+    """Write one adapter that does what all of them do together, layer by layer.
+
+    Its rank is the sum of theirs and its scaling 1: B holds each one's scaling.
+    """
+    first = adapters[0]
+    rank = sum(adapter.rank for adapter in adapters)
+    shapes = {layer: first.shapes(layer) for layer in first.layers}
+    with AdapterWriter(
+        directory, shapes, rank=rank, alpha=rank, base=base, fan_in_fan_out=fan_in_fan_out
+    ) as writer:
+        for layer in first.layers:
+            pairs = [(x.pair(layer).float(), x.scaling_of(layer)) for x in adapters]
+            writer.write_sum(layer, [LowRank(pair.B_OR * s, pair.A_RI) for pair, s in pairs])
+
+
+def target_suffixes(layers: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """Return the distinct last names of the layers, as PEFT's `target_modules` wants them."""
+    return sorted({layer.rsplit(".", 1)[-1] for layer in layers})
+
+
+def _key(layer: str, factor: str) -> str:
+    return f"{_PREFIX}{layer}.lora_{factor}.weight"
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """Return the value of the first key that matches the end of a layer's name, as PEFT does."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", layer):
+            return value
+    return default

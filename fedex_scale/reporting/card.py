@@ -1,0 +1,151 @@
+"""The model card, final/README.md, in the format of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedex_scale.data.prompts import SCHEMAS
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.reporting import record
+
+CARD_FILE = "README.md"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank can be."""
+FOLDERS = {
+    "exact_adapter": "one PEFT adapter with every round's residual, for the untouched base",
+    "adapter": "the server's last adapter, for the untouched base",
+    "base": "the base model as the folds changed it, which `adapter` belongs to",
+}
+
+
+def write(run: RunDir) -> Path:
+    """Write the card of a run whose other final files are there."""
+    tree = record.gather(run)
+    config = tree["config"]
+    there = [name for name in FOLDERS if (run.final / name).is_dir()]
+    adapter = there[0]
+    changed = "base" in there
+    folders = dict(FOLDERS) | (
+        {"adapter": "the server's last adapter, for `base`"} if changed else {}
+    )
+    rank = Adapter(run.final / adapter).rank
+    data, targets = config["data"], config["lora"]["target_modules"]
+    base = base_name(config["model"]["path"])
+    fields = {
+        "metadata": metadata(tree, base).to_yaml(),
+        "name": title(tree, base),
+        "base": base,
+        "local_base": base != config["model"]["path"],
+        "method": config["method"]["name"],
+        "clients": config["partition"]["num_clients"],
+        "rounds": tree["rounds_done"],
+        "epochs": config["train"]["local_epochs"],
+        "data": data["path"] if _is_hub_id(data["path"]) else Path(data["path"]).name,
+        "examples": sum(part["num_examples"] for part in tree["partition"]["clients"]),
+        "partition": config["partition"]["kind"],
+        "max_length": data["max_length"],
+        "lora": config["lora"],
+        "targets": targets if isinstance(targets, str) else ", ".join(targets),
+        "train": config["train"],
+        "seed": config["run"]["seed"],
+        "kept": _kept(tree["rounds"]),
+        "scores": _scores(tree),
+        "folders": [(name, folders[name]) for name in there],
+        "load_base": "base" if changed and adapter == "adapter" else base,
+        "load_adapter": adapter,
+        "adapter_rank": rank,
+        "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
+        "served": config["method"]["name"],
+        "prompt": SCHEMAS[data["schema"]].prompt if data["schema"] in SCHEMAS else None,
+    }
+    pages = Environment(
+        loader=PackageLoader("fedex_scale", "reporting"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    path = run.final / CARD_FILE
+    path.write_text(pages.get_template("card.md.j2").render(fields), encoding="utf-8")
+    return path
+
+
+def metadata(tree: Mapping[str, Any], base: str) -> ModelCardData:
+    """Return the hub's metadata: what it was made from, by what, and how it scores."""
+    config = tree["config"]
+    source = config["data"]["path"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score["task"],
+            dataset_name=score["task"],
+            metric_type=score["metric"].partition("/")[0],
+            metric_name=score["metric"],
+            metric_value=score["value"],
+        )
+        for score in _last(tree)
+    ]
+    return ModelCardData(
+        base_model=base,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        datasets=[source] if _is_hub_id(source) else None,
+        tags=["lora", "federated-learning", "fedex_scale", config["method"]["name"]],
+        model_name=title(tree, base) if results else None,
+        eval_results=results or None,
+    )
+
+
+def title(tree: Mapping[str, Any], base: str) -> str:
+    return f"{Path(base).name}-{tree['config']['method']['name']}"
+
+
+def base_name(path: str) -> str:
+    """Return the model's hub id; of a local directory, its name."""
+    return path if _is_hub_id(path) else Path(path).name
+
+
+def _is_hub_id(path: str) -> bool:
+    """Return whether this is OWNER/NAME rather than a local file or directory."""
+    return path.count("/") == 1 and not path.startswith(("/", ".")) and not Path(path).exists()
+
+
+def _last(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [score for score in tree["scores"] if score["round"] == tree["rounds_done"]]
+
+
+def _scores(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    before = {(x["task"], x["metric"]): x for x in tree["scores"] if x["round"] == 0}
+    return [
+        {
+            "task": score["task"],
+            "metric": score["metric"],
+            "examples": score["examples"],
+            "before": _percent(before.get((score["task"], score["metric"]))),
+            "after": _percent(score),
+        }
+        for score in _last(tree)
+    ]
+
+
+def _kept(rounds: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return how much of the residuals the forward pass sees; None where there are none."""
+    rounds = [round for round in rounds if round["residual_norm"]]
+    if not rounds:
+        return None
+    listed = ", ".join(f"{round['kept']:.2%}" for round in rounds)
+    of_all = rounds[-1].get("kept_of_all")
+    return listed + (f"; of all rounds together {of_all:.2%}" if of_all is not None else "")
+
+
+def _percent(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    error = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
+    return f"{score['value']:.1%}{error}"

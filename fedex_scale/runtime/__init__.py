@@ -1,0 +1,1 @@
+"""The process: ranks, faults, phases, progress, errors, seeds."""

@@ -1,0 +1,199 @@
+"""What a person sees while a run goes on, and the same events as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedex_scale.runtime import distributed
+
+PLAIN_LINE_EVERY_S = 10.0
+
+Tracker = Callable[[Mapping[str, float], int], None]
+
+
+class Monitor:
+    """Shows a run's events on rank 0: a live display on a terminal, plain lines elsewhere.
+
+    Every event is a line of `metrics.jsonl` and goes to the trackers; other ranks stay silent.
+    """
+
+    def __init__(self, metrics: Path, *, total_steps: int, trackers: list[Tracker]) -> None:
+        self.console = Console(highlight=False, quiet=not distributed.is_main())
+        self._file = metrics.open("a", encoding="utf-8") if distributed.is_main() else None
+        self._trackers = trackers
+        self._total, self._tokens = total_steps, 0
+        self._before = _read_events(metrics)
+        self._done = self._resumed = sum(x["event"] == "step" for x in self._before)
+        self._start = self._last_line = time.perf_counter()
+        self._training_s = 0.0
+        self._last_event = self._start
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal or not distributed.is_main(),
+        )
+        self._task = self._progress.add_task("starting", total=total_steps, state="")
+        self._progress.update(self._task, completed=self._done)
+        self._scores: dict[str, list[float]] = {}
+        self._cap_told = False
+        for fields in self._before:
+            if fields["event"] == "eval":
+                self._add_scores(fields)
+
+    def __enter__(self) -> Monitor:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Record one event: step, client, failure, round, eval or phases."""
+        if self._file is None:
+            return
+        seconds = round(time.perf_counter() - self._start + self._seconds_before(), 3)
+        self._file.write(json.dumps({"event": event, "seconds": seconds, **fields}) + "\n")
+        self._file.flush()
+        show = {
+            "step": self._step,
+            "client": self._client,
+            "round": self._round,
+            "failure": self._failure,
+            "eval": self._eval,
+        }
+        show.get(event, lambda fields: None)(fields)
+        numbers = {f"{event}/{k}": v for k, v in fields.items() if isinstance(v, (int, float))}
+        for tracker in self._trackers:
+            tracker(numbers, self._done)
+        self._last_event = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print a line above the display."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self, written: Mapping[str, Path]) -> None:
+        """Show what came out: scores before and after, and where the files are."""
+        if self._scores:
+            table = Table(box=None, pad_edge=False, title="scores", title_justify="left")
+            for column in ("", "before", "after"):
+                table.add_column(column, justify="left" if not column else "right")
+            for name, values in self._scores.items():
+                first = f"{values[0]:.1%}" if len(values) > 1 else "-"
+                table.add_row(name, first, f"{values[-1]:.1%}")
+            self.console.print(table)
+        for name, path in written.items():
+            self.say(f"{name}: {path}")
+
+    def _step(self, fields: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        self._done += 1
+        self._tokens += fields["tokens"]
+        self._training_s += now - self._last_event
+        rate = self._tokens / self._training_s
+        left = (self._total - self._done) * self._training_s / (self._done - self._resumed)
+        where = f"round {fields['round']}, client {fields['client']}"
+        state = f"loss {fields['loss']:.3f}, {rate:,.0f} tokens/s, {_duration(left)} left"
+        self._progress.update(self._task, completed=self._done, description=where, state=state)
+        if self._progress.disable and now - self._last_line > PLAIN_LINE_EVERY_S:
+            self._last_line = now
+            self.say(f"{where}, step {fields['step']}/{fields['steps']}: {state}")
+
+    def _client(self, fields: dict[str, Any]) -> None:
+        self.say(
+            "round {round}, client {client}: {num_examples} examples, {num_steps} steps, "
+            "loss {first_loss:.3f} to {last_loss:.3f} in ".format(**fields)
+            + _duration(fields["seconds"])
+        )
+
+    def _failure(self, fields: dict[str, Any]) -> None:
+        self.say(f"warning: {fields['reason']} ({fields['action']})")
+
+    def _round(self, fields: dict[str, Any]) -> None:
+        line = f"round {fields['round']} aggregated"
+        if fields["residual_norm"]:
+            share = fields["residual_norm"] / fields["ideal_norm"]
+            line += f": residual {share:.2%} of the update, kept {fields['kept']:.4%} of it"
+            if fields["round"] > 1 and fields.get("kept_of_all") is not None:
+                line += f", {fields['kept_of_all']:.4%} of all rounds'"
+        else:
+            line += ": nothing to add to the base"
+        self.say(line)
+        cap = None if self._cap_told else fields.get("cap")
+        self._cap_told |= cap is not None
+        for warning in filter(None, (fields["warning"], cap, *fields["notes"])):
+            self.say(f"warning: {warning}")
+
+    def _eval(self, fields: dict[str, Any]) -> None:
+        when = f"after round {fields['round']}" if fields["round"] else "before training"
+        scores = self._add_scores(fields)
+        listed = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+        self.say(f"{when}: {listed} ({_duration(fields['took_s'])})")
+
+    def _add_scores(self, fields: Mapping[str, Any]) -> dict[str, float]:
+        scores = {k: v for k, v in fields.items() if "/" in k}
+        for name, value in scores.items():
+            self._scores.setdefault(name, []).append(value)
+        return scores
+
+    def _seconds_before(self) -> float:
+        """Return the time that the run took before it was interrupted."""
+        return self._before[-1]["seconds"] if self._before else 0.0
+
+
+def _read_events(metrics: Path) -> list[dict[str, Any]]:
+    """Return the events of a run that goes on; none for a new one."""
+    if not metrics.exists():
+        return []
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def open_trackers(names: tuple[str, ...], directory: Path, config: dict) -> list[Tracker]:
+    """Return a function per experiment tracker (accelerate's), on rank 0 only."""
+    if not names or not distributed.is_main():
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    trackers = []
+    for name in names:
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        options = {"logging_dir": directory} if cls.requires_logging_directory else {}
+        tracker = cls(directory.name, **options)
+        tracker.store_init_configuration(_flat(config))
+        trackers.append(lambda values, step, t=tracker: t.log(values, step=step))
+    return trackers
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, bool)) else str(value)
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )

@@ -1,0 +1,1 @@
+"""lm-eval on the running engine, over its ranks, afterwards; and comparisons."""

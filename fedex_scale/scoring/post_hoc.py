@@ -1,0 +1,200 @@
+"""`fedex-scale evaluate`: score what a run handed over, or any model, in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from fedex_scale.config.learning import ModelSection
+from fedex_scale.config.load import load_config
+from fedex_scale.config.section import replace
+from fedex_scale.config.settings import EvaluationSection
+from fedex_scale.engine import models
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.basefiles import BaseFiles, base_directory
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime import distributed
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import check_out
+from fedex_scale.scoring import evaluation
+
+PAPER_SCORES = Path(__file__).with_name("paper_scores.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to score.
+
+    Fields:
+        model: the base, changed or not.
+        adapter: a PEFT directory, or none.
+        section: what to score it on.
+        out: where the results go, if the caller names no other place.
+        known_as: the base's name and the method, by which the paper's scores are found.
+    """
+
+    model: ModelSection
+    adapter: Path | None
+    section: EvaluationSection
+    out: Path
+    known_as: tuple[str, str] | None = None
+
+
+def find_subject(
+    name: str, adapter: Path | None, asked: Mapping[str, Any], *, dtype: str | None = None
+) -> Subject:
+    """Return what to score: a run's final model, or a model with or without an adapter.
+
+    Args:
+        name: a run's directory, a model's directory, or a hub id.
+        adapter: in place of the run's final adapter.
+        asked: values of `evaluation` to use; of a run, the others are the run's own.
+        dtype: to compute in; none: the run's own, or as `model.dtype: auto` chooses.
+
+    Raises:
+        UserError: an unfinished run, one without its changed base, or an adapter for another base.
+    """
+    if (Path(name) / "config.yaml").is_file():
+        subject = _of_run(RunDir(Path(name)), adapter, asked)
+    else:
+        model, out = ModelSection(path=name), Path("evaluations") / Path(name).name
+        section = EvaluationSection(**asked)
+        subject = Subject(model=model, adapter=adapter, section=section, out=out)
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype}")
+        subject = dataclasses.replace(subject, model=replace(subject.model, dtype=dtype))
+    if not subject.section.tasks:
+        raise UserError("--suite: expected at least one task, such as fedex_gsm8k, got none")
+    if subject.adapter is not None:
+        _check_adapter(subject.adapter, subject.model)
+    return dataclasses.replace(subject, out=_free(subject.out))
+
+
+def score(subject: Subject, out: Path) -> dict[str, Any]:
+    """Score the model, write results.json and samples.jsonl, and return lm-eval's results.
+
+    Every rank of a launcher calls this; each holds the whole model and answers its share.
+    """
+    distributed.on_main(lambda: check_out(out))
+    distributed.together(lambda: evaluation.check_tasks(subject.section))
+    tokenizer = distributed.together(lambda: models.load_tokenizer(subject.model))
+    model, device = distributed.together(lambda: load(subject)), distributed.device()
+    if subject.model.quantization == "none":
+        model.to(device)
+    results = evaluation.evaluate(model, tokenizer, subject.section)
+    if results:
+        parts = {"pretrained": subject.model.path, "peft": subject.adapter}
+        given = ",".join(f"{key}={value}" for key, value in parts.items() if value)
+        results["config"] |= {"model": "hf", "model_args": given}
+    evaluation.write_results(results, out)
+    return results
+
+
+def table(results: Mapping[str, Any], known_as: tuple[str, str] | None) -> Table:
+    """Return the scores with their standard errors, beside the paper's where it has them."""
+    paper = paper_scores(*known_as) if known_as else {}
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("task")
+    for column in ("examples", "score", "+-", *(["paper"] if paper else [])):
+        shown.add_column(column, justify="right")
+    means = evaluation.scores(results)
+    for name, value in means.items():
+        task, metric, *rule = name.split("/")
+        key = f"{metric}_stderr,{rule[0] if rule else 'none'}"
+        error = results["results"][task].get(key)
+        count = results["n-samples"].get(task, {}).get("effective", "")
+        row = [name, str(count), f"{value:.2%}"]
+        row.append(f"{error:.2%}" if isinstance(error, float) else "")
+        by_paper = metric == "exact_match" and rule in ([], ["paper"])
+        row.append(f"{paper[task]:.2f}%" if by_paper and task in paper else "")
+        shown.add_row(*row[: len(shown.columns)])
+    return shown
+
+
+def paper_scores(model: str, method: str) -> dict[str, float]:
+    """Return the paper's scores of a model, by task and in percent; none where it has none."""
+    known = yaml.safe_load(PAPER_SCORES.read_text(encoding="utf-8"))
+    return known.get(Path(model).name.lower(), {}).get(method, {})
+
+
+def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subject:
+    config = load_config(run.path / "config.yaml")
+    final, exact = run.final / "adapter", run.final / "exact_adapter"
+    if not final.is_dir():
+        raise UserError(f"{run.path}: expected a finished run, found no {final}; let it finish")
+    section, model = config.evaluation, config.model
+    if asked.get("tasks"):
+        kept = {task: file for task, file in (section.data or {}).items() if task in asked["tasks"]}
+        section = replace(section, data=kept or None)
+    on_untouched = adapter is not None and adapter.resolve() == exact.resolve()
+    if not on_untouched and run.base_changed():
+        base = run.final / "base"
+        if not (base / "config.json").is_file():
+            raise UserError(
+                f"{run.path}: its folds changed the base, and {base}, which {final} belongs to, "
+                "is not there; bring it back, or score --adapter final/exact_adapter"
+            )
+        model = replace(model, path=str(base), revision=None)
+        if config.aggregate.fold == "planes":  # one weight of both, which bfloat16 would round
+            model = replace(model, dtype="float32")
+    return Subject(
+        model=model,
+        adapter=adapter or final,
+        section=replace(section, **asked),
+        out=run.path / "evaluations" / "scored",
+        known_as=(config.model.path, config.method.name),
+    )
+
+
+def _check_adapter(path: Path, model: ModelSection) -> None:
+    """Raise a UserError unless every layer of the adapter fits a weight of the model."""
+    adapter = Adapter(path)
+    run = RunDir(path.resolve().parent.parent)
+    final = run.final / "base"
+    elsewhere = Path(model.path).resolve() != final
+    if path.resolve() == run.final / "adapter" and run.base_changed() and elsewhere:
+        raise UserError(
+            f"--adapter: {path} belongs to {final}, as its run changed the base, got "
+            f"{model.path}; name that base, or use {run.final / 'exact_adapter'}"
+        )
+    base = BaseFiles(base_directory(model.path, model.revision))
+    for layer in () if "quantization_config" in base.config else adapter.layers:
+        if base.is_tied(layer):
+            continue
+        name, shape = base.find(layer), adapter.shapes(layer)
+        made = None if name else base.loaded_as(layer)
+        found = base.shape(name) if name else made and made.shape
+        if found not in (shape, shape[::-1]):  # the latter is GPT-2's
+            recorded = adapter.config.get("base_model_name_or_path")
+            raise UserError(
+                f"--adapter: {path}: layer {layer} expects a weight of shape {shape}, got "
+                f"{found} in {model.path}; it was trained on {recorded}"
+            )
+
+
+def load(subject: Subject) -> PreTrainedModel | PeftModel:
+    """Return the model with its adapter, not merged, as the engine holds it."""
+    section = subject.model
+    dtype = models.resolve_dtype(section)
+    base = models.load_model(section, dtype, distributed.device())
+    if subject.adapter is None:
+        return base
+    return PeftModel.from_pretrained(base, subject.adapter)
+
+
+def _free(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, ... that is not there."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

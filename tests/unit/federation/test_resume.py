@@ -1,0 +1,168 @@
+"""A run that is interrupted anywhere and goes on ends as if it had never been interrupted."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from resuming import assert_same_result, events, write_config
+
+from fedex_scale.federation import checkpoint
+from fedex_scale.federation.saves import Saver
+from fedex_scale.federation.state import Place
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.run import run_config
+from fedex_scale.runtime.errors import UserError
+
+CASES = {
+    "side": ["lora.dropout=0.1"],
+    "carry": ["aggregate.fold=carry", "model.dtype=bfloat16"],
+    "planes": ["aggregate.fold=planes", "model.dtype=bfloat16"],
+    "round": ["aggregate.fold=round", "model.dtype=bfloat16", "federation.init=per_client"],
+    "overflow": ["aggregate.side_rank=2", "model.dtype=bfloat16", "federation.client_fraction=0.7"],
+    "flora": ["method.name=flora", "aggregate.fold=carry"],
+    "ffa": ["method.name=ffa"],
+}
+
+
+class Interrupted(Exception):
+    """Stands for kill -9: nothing is cleaned up."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tiny_llama, tmp_path_factory.mktemp("resume"))
+
+
+def directory(config: Path, name: str) -> Path:
+    return Path(yaml.safe_load(config.read_text())["run"]["dir"]) / name
+
+
+def run(config: Path, name: str, *overrides: str, resume: bool = False) -> RunDir:
+    mode = ["run.resume=auto"] if resume else []
+    run_config(config, [f"run.name={name}", *overrides, *mode])
+    return RunDir(directory(config, name))
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Let the next run end after so many checkpoints, with rubbish where it was at work."""
+    real, left = Saver._publish, [saves]
+
+    def publish(saver: Saver, scratch: Path, number: int, place: Place, length: int):
+        done = real(saver, scratch, number, place, length)
+        left[0] -= 1
+        if left[0] == 0 and not place.finished:
+            path = saver._run.client(place.state.round + 1, 9)
+            path.mkdir(parents=True)
+            (path / "adapter_model.safetensors").write_bytes(b"half")
+            with saver._run.metrics.open("a") as file:
+                file.write('{"event": "st')
+            raise Interrupted  # in the thread that writes a client, the run hears of it later
+        return done
+
+    monkeypatch.setattr(Saver, "_publish", publish)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_after_every_checkpoint(
+    case: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CASES[case]
+    whole = run(config, f"{case}-whole", *options)
+    parts, starts = RunDir(directory(config, f"{case}-parts")), 0
+    while not (parts.final / "adapter").exists():
+        with monkeypatch.context() as patch, suppress(Interrupted):
+            interrupt_after(patch, 1)
+            run(config, parts.path.name, *options, resume=starts > 0)
+        starts += 1
+    assert starts > 10
+    assert_same_result(whole.path, parts.path)
+    assert len(checkpoint.numbers(parts)) <= 3
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(config, "sound")
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        interrupt_after(patch, 4)
+        run(config, "damaged")
+    broken = RunDir(directory(config, "damaged"))
+    last = checkpoint.numbers(broken)[-1]
+    file = next(broken.checkpoint(last).glob("rank-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    run(config, "damaged", resume=True)
+    told = capsys.readouterr().out
+    assert f"{file}: damaged: its SHA-256 is another one; taking the checkpoint before it" in told
+    assert f"going on from checkpoint {last - 1}" in told
+    assert_same_result(whole.path, broken.path)
+
+
+def test_a_finished_run_is_left_alone(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(config, "finished", "federation.rounds=1")
+    before = sorted((x, x.stat().st_mtime_ns) for x in done.path.rglob("*"))
+    run(config, "finished", "federation.rounds=1", resume=True)
+    assert "this run is finished; nothing to do" in capsys.readouterr().out
+    assert sorted((x, x.stat().st_mtime_ns) for x in done.path.rglob("*")) == before
+
+
+def test_changed_settings(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        interrupt_after(patch, 4)
+        run(config, "changed")
+    with pytest.raises(UserError, match=r"other settings: lora\.alpha, run\.seed; set them back"):
+        run(config, "changed", "lora.alpha=9", "run.seed=3", resume=True)
+    rows = Path(yaml.safe_load(config.read_text())["data"]["path"])
+    before = rows.read_text()
+    rows.write_text(before.replace("apples", "pears").replace("the", "a"))
+    with pytest.raises(UserError, match="the data are others"):
+        run(config, "changed", resume=True)
+    rows.write_text(before)
+    capsys.readouterr()
+    done = run(config, "changed", "train.micro_batch_size=4", "run.keep=1", resume=True)
+    told = capsys.readouterr().out
+    assert "changed: train.micro_batch_size; results may differ by rounding" in told
+    assert "client 1 starts over" in told
+    assert len(checkpoint.numbers(done)) == 1
+    steps = [x for x in events(done.path) if x["event"] == "step"]
+    assert len({(x["round"], x["client"], x["step"]) for x in steps}) == len(steps) == 18
+
+
+def test_nothing_to_go_on_from(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = directory(config, "other")
+    other.mkdir(parents=True)
+    (other / "mine").write_text("mine")
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        run(config, "other", resume=True)
+    assert (other / "mine").read_text() == "mine"
+    begun = directory(config, "begun")
+    begun.mkdir()
+    (begun / "config.yaml").write_text("")
+    run(config, "begun", "federation.rounds=1", resume=True)
+    assert "no checkpoint to go on from; starting anew" in capsys.readouterr().out
+    for manifest in begun.glob("checkpoints/*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace("true", "false"))
+    with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+        run(config, "begun", "federation.rounds=1", resume=True)
+
+
+def test_a_missing_run_is_started(config: Path) -> None:
+    assert (run(config, "new", "federation.rounds=1", resume=True).final / "adapter").exists()
+
+
+def test_manifest_lists_what_it_relies_on(config: Path) -> None:
+    done = run(config, "listed", "aggregate.fold=carry")
+    last = done.checkpoint(checkpoint.numbers(done)[-1]) / "manifest.json"
+    files = json.loads(last.read_text())["files"]
+    assert "clients/round-0001/client-0002/adapter_model.safetensors" in files
+    assert "server/round-0002/adapter/adapter_model.safetensors" in files
+    assert "partition.json" in files

@@ -1,0 +1,186 @@
+"""The record of a run and the page made of it, for runs of every kind and state."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from resuming import write_config
+
+from fedex_scale.files.run_dir import RunDir
+from fedex_scale.reporting import costs, deviations, record, training, words
+from fedex_scale.reporting.page import write_report
+from fedex_scale.run import run_config
+from fedex_scale.runtime.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
+Runs = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A function that makes a run of a model, with overrides, once."""
+    made: dict[tuple, Path] = {}
+
+    def run(model: Path, *overrides: str) -> Path:
+        key = (model, *overrides)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("runs")
+            run_config(write_config(model, folder), list(overrides))
+            made[key] = next((folder / "runs").iterdir())
+        return made[key]
+
+    return run
+
+
+def test_the_run_keeps_the_record_that_is_gathered_later(runs: Runs, tiny_llama: Path) -> None:
+    run = runs(tiny_llama)
+    kept = json.loads((run / "report.json").read_text())
+    assert kept == json.loads(json.dumps(record.gather(RunDir(run))))
+    assert kept["finished"]
+    assert kept["facts"]["versions"].keys() >= {"fedex_scale", "torch", "peft"}
+    assert kept["facts"]["base_parameters"] > 10 * 48 * 48
+    assert [round["round"] for round in kept["rounds"]] == [1, 2]
+    assert len(kept["steps"]) == 2 * 3 * 3
+
+
+def test_full_fine_tuning_is_counted_with_the_model_itself(runs: Runs, tiny_llama: Path) -> None:
+    kept = record.gather(RunDir(runs(tiny_llama)))
+    rows = {row["label"]: row for row in kept["communication"]}
+    assert rows["full"]["up"] == kept["facts"]["base_parameters"]
+    assert next(iter(rows)) == "fedex"
+    assert len(kept["communication"]) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method.name=centralized",),
+        ("method.name=flora", "lora.target_modules=[q_proj]"),
+        ("method.svd_rank=2", "aggregate.fold=round", "federation.rounds=1"),
+        ("partition.num_clients=20", "federation.client_fraction=0.5", "lora.rank=1"),
+        ("run.name=a $x^2$ <b>&amp;", "partition.kind=dirichlet", "partition.column=type"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_kind_of_run_has_a_page(
+    overrides: tuple[str, ...], runs: Runs, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = runs(tiny_llama, *overrides)
+    text = write_report([run], tmp_path).read_text(encoding="utf-8")
+    assert "What was run" in text
+    assert "has not finished" not in text
+    assert "<b>&amp;" not in text.replace("&lt;b&gt;&amp;", "")
+    for file in (tmp_path / "plots").glob("*.svg"):
+        ET.parse(file)
+
+
+def test_gpt2s_projections_have_names(runs: Runs, tiny_gpt2: Path, tmp_path: Path) -> None:
+    run = runs(tiny_gpt2)
+    write_report([run], tmp_path)
+    with (tmp_path / "plots" / "run-deviation-depth.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["projection"] for row in rows} == {"QKV", "O", "up", "down"}
+    assert {row["depth"] for row in rows} == {"0", "1"}
+
+
+def test_two_runs_of_one_name_stay_apart(runs: Runs, tiny_llama: Path, tmp_path: Path) -> None:
+    first = runs(tiny_llama)
+    other = tmp_path / "run"
+    shutil.copytree(first, other)
+    text = write_report([first, other], tmp_path / "out").read_text(encoding="utf-8")
+    assert "2 runs compared" in text
+    assert "run (2): Training loss" in text
+
+
+def test_a_run_that_was_stopped_at_once_has_a_page(
+    runs: Runs, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "begun"
+    run.mkdir()
+    for name in ("config.yaml", "partition.json"):
+        shutil.copy(runs(tiny_llama) / name, run)
+    text = write_report([run], tmp_path / "out").read_text(encoding="utf-8")
+    assert "This run has not finished: 0 of 2 rounds done." in text
+
+
+@pytest.mark.parametrize("name", ["partition.json", "server/round-0001/aggregate.json"])
+def test_a_damaged_file_is_named(name: str, runs: Runs, tiny_llama: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs(tiny_llama), run)
+    (run / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: expected JSON"):
+        write_report([run], tmp_path / "out")
+    (run / name).write_text("{}")
+    with pytest.raises(UserError, match="restore"):
+        write_report([run], tmp_path / "out")
+
+
+def test_a_place_that_cannot_be_written_is_named(runs: Runs, tiny_llama: Path) -> None:
+    with pytest.raises(UserError, match="--out: cannot write to /proc/none"):
+        write_report([runs(tiny_llama)], Path("/proc/none"))
+
+
+def test_figures_take_the_pages_colours(runs: Runs, tiny_llama: Path) -> None:
+    run = record.gather(RunDir(runs(tiny_llama)))
+    charts = [training.loss(run), deviations.by_depth(run), costs.seconds_by_phase(run)]
+    for chart in charts:
+        svg = chart.svg()
+        assert "var(--s1)" in svg
+        assert "#2563c9" not in svg
+        root = ET.fromstring(svg)
+        assert {"viewBox", "role", "aria-label"} <= root.attrib.keys()
+        assert "width" not in root.attrib
+
+
+def test_runs_beside_each_other_share_a_scale(runs: Runs, tiny_llama: Path) -> None:
+    run = record.gather(RunDir(runs(tiny_llama)))
+    larger = copy.deepcopy(run)
+    for round in larger["rounds"]:
+        for layer in round["deviation"]["layers"]:
+            layer["scaled"] *= 10
+    alone = deviations.by_depth(run).figure.axes[0].get_ylim()
+    beside = deviations.by_depth(run, [run, larger]).figure.axes[0].get_ylim()
+    assert beside[1] == pytest.approx(10 * alone[1])
+
+
+def test_many_clients_are_drawn_without_a_legend(runs: Runs, tiny_llama: Path) -> None:
+    run = record.gather(RunDir(runs(tiny_llama)))
+    steps = [step | {"client": client} for client in range(200) for step in run["steps"]]
+    figure = training.loss(run | {"steps": steps}).figure
+    assert not figure.legends
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0%"), (1e-5, "0.001%"), (0.0192, "1.92%"), (1, "100.00%")]
+)
+def test_percent(share: float, text: str) -> None:
+    assert words.percent(share) == text
+
+
+def test_duration() -> None:
+    assert [words.duration(x) for x in (3.2, 75, 7260)] == ["3 s", "1 min 15 s", "2 h 1 min"]
+
+
+def test_observations_are_quotients_of_root_mean_squares() -> None:
+    def round(number: int, factor: float) -> dict:
+        norms = {("q", 0): 3, ("q", 1): 4, ("v", 0): 1, ("v", 1): 2}
+        layers = [
+            {"layer": f"layers.{depth}.{name}_proj", "scaled": factor * norm}
+            for (name, depth), norm in norms.items()
+        ]
+        return {"round": number, "deviation": {"layers": layers}}
+
+    found = deviations.observations({"rounds": [round(1, 2.0), round(2, 1.0)]})
+    assert found == {
+        "Q over V": pytest.approx((25 / 5) ** 0.5),
+        "deeper half over shallower half": pytest.approx((20 / 10) ** 0.5),
+        "last round over first": pytest.approx(0.5),
+    }
+    assert deviations.observations({"rounds": []}) == {}
