@@ -43,7 +43,7 @@ class Engine:
     trains: frozenset[str]
     max_grad_norm: float
     side_rank: int
-    has_planes: bool
+    has_planes: bool = False
     device: torch.device
     dtype: torch.dtype
     deepspeed: Any | None = None

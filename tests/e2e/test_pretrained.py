@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_quickstart_in_short(tmp_path: Path) -> None:
         "evaluation.before=false",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "kept 100.0000%" in done.stdout
+    assert re.search(r"kept (100\.0000|99\.999\d)%", done.stdout), done.stdout
     run = tmp_path / "quickstart"
     events = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [event["event"] for event in events].count("step") == 9
