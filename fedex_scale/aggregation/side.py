@@ -61,7 +61,7 @@ class Past(NamedTuple):
             return norm_of_sum(Pieces(lambda: chain(self.residuals, update)))
         new = stack(*update)
         cross = sum(inner(residual, new) for residual in self.residuals)
-        return math.sqrt(max(0.0, self.sum_norm**2 + 2 * cross + norm(new) ** 2))
+        return _root(self.sum_norm**2 + 2 * cross + norm(new) ** 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +127,20 @@ def grow(
 
 def _appended(new: LowRank, part: LowRank, past: Past) -> Growth:
     """Tell what new columns achieve; the norms grow by inner products, without the whole sum."""
-    lost = stack(new, _minus(part))
-    cross = sum(inner(x, lost) for x in past.residuals) - sum(inner(x, lost) for x in past.seen)
-    missed = norm(lost)
+    with_sum = with_unseen = 0.0
+    for residual in past.residuals:
+        with_new = inner(residual, new)
+        with_sum += with_new
+        with_unseen += with_new - inner(residual, part)
+    for seen in past.seen:
+        with_unseen -= inner(seen, new) - inner(seen, part)
+    missed = norm(stack(new, _minus(part)))
     return Growth(
         part=part,
         whole=False,
         missed_norm=missed,
-        sum_norm=past.sum_norm_with([new]),
-        unseen_norm=math.sqrt(max(0.0, past.unseen_norm**2 + 2 * cross + missed**2)),
+        sum_norm=_root(past.sum_norm**2 + 2 * with_sum + norm(new) ** 2),
+        unseen_norm=_root(past.unseen_norm**2 + 2 * with_unseen + missed**2),
     )
 
 
@@ -186,6 +191,10 @@ def split(
         in_side = norm(kept) ** 2  # a projection of the update: orthogonal to the rest
     missed = norm(stack(round_factors(kept, dtype), _minus(kept)))
     return kept, missed, in_side, overflow
+
+
+def _root(square: float) -> float:
+    return math.sqrt(max(0.0, square))  # a square that cancels may come out below zero
 
 
 def _minus(x: LowRank) -> LowRank:
