@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from many_rounds import drifting, rounds_of
 from resuming import write_config
 
 from fedex_scale.cli import main
 from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
+from fedex_scale.engine.lora_model import SIDE
 from fedex_scale.planning import choice, footprint
 from fedex_scale.planning.machine import Machine, parse_size
 from fedex_scale.runtime.errors import UserError
@@ -67,6 +69,16 @@ def test_the_side_adapter_grows_with_the_rounds() -> None:
     assert needs(planes.chosen)["adapters"].gpu == 4 * 32 * PER_RANK + 2 * adapted
     assert needs(planes.chosen)["carry plane"].gpu == 4 * adapted
     assert planes.side is None
+
+
+def test_the_side_adapter_takes_what_is_planned(tiny_llama: Path, tmp_path: Path) -> None:
+    rounds = rounds_of(tiny_llama, tmp_path, "aggregate.side_tolerance=0", rounds=4)
+    for number in range(1, 4):
+        rounds.advance(drifting(rounds, "shared", number))
+    layers = rounds.engine.layers.values()
+    held = sum(x[SIDE].weight.nbytes for layer in layers for x in (layer.lora_A, layer.lora_B))
+    planned = choice._Sizes(rounds.config, Machine()).weights.side
+    assert held == 2 * planned, "in bf16"
 
 
 def test_a_run_takes_the_columns_that_there_is_room_for(tiny_llama, tmp_path, monkeypatch) -> None:
