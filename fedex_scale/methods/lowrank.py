@@ -1,4 +1,4 @@
-"""Linear algebra of low-rank matrices U V, without ever forming the product.
+"""Linear algebra of low-rank matrices U V, without forming the product while it is the larger.
 
 Factors are float32; everything in between is float64. Sums too wide to hold are `Pieces`.
 
@@ -139,17 +139,27 @@ def _gram_products(x: LowRank, y: LowRank) -> Tensor:
 
 def _core(x: LowRank) -> Tensor:
     """Return a small matrix that has the singular values of x."""
+    if _is_dense(x):
+        return x.U_OP.double() @ x.V_PI.double()
     R_u = torch.linalg.qr(x.U_OP.double(), mode="r").R
     R_v = torch.linalg.qr(x.V_PI.double().T, mode="r").R
     return R_u @ R_v.T
 
 
+def _is_dense(x: LowRank) -> bool:
+    """Return whether x has more columns than rank: its factors are then larger than the matrix."""
+    return x.V_PI.shape[0] > min(x.U_OP.shape[0], x.V_PI.shape[1])
+
+
 def _svd(x: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD of x: QR of both factors, then an SVD of the small core."""
-    Q_u, R_u = torch.linalg.qr(x.U_OP.double())
-    Q_v, R_v = torch.linalg.qr(x.V_PI.double().T)
-    left, S_P, right = torch.linalg.svd(R_u @ R_v.T, full_matrices=False)
-    left, right = Q_u @ left, right @ Q_v.T
+    if _is_dense(x):
+        left, S_P, right = torch.linalg.svd(_core(x), full_matrices=False)
+    else:
+        Q_u, R_u = torch.linalg.qr(x.U_OP.double())
+        Q_v, R_v = torch.linalg.qr(x.V_PI.double().T)
+        left, S_P, right = torch.linalg.svd(R_u @ R_v.T, full_matrices=False)
+        left, right = Q_u @ left, right @ Q_v.T
     noise = S_P[:1] * (max(left.shape[0], right.shape[1]) * torch.finfo(S_P.dtype).eps)
     S_P = S_P.masked_fill(S_P.le(noise), 0)
     largest = left.abs().argmax(dim=0, keepdim=True)
