@@ -116,10 +116,12 @@ def grow(
         if not past.seen or rank > DECAYS * new.V_PI.shape[0]:
             return appended
     exact = stack(*past.residuals, new)
-    best = truncate(exact, tolerance * new_norm) if appended else compress(exact, max_rank)[0]
+    best = truncate(exact, tolerance * new_norm)
     if appended and best.V_PI.shape[0] >= past.num_columns + rank:
         return appended
-    replaced = _replaced(exact, new, round_factors(best, dtype), past, capped=not appended)
+    capped = best.V_PI.shape[0] > max_rank
+    best = LowRank(best.U_OP[:, :max_rank], best.V_PI[:max_rank])
+    replaced = _replaced(exact, new, round_factors(best, dtype), past, capped=capped)
     if appended and replaced.missed_norm > 2 * appended.missed_norm:
         return appended
     return replaced
