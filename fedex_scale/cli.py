@@ -13,19 +13,35 @@ from typing import Annotated
 
 import typer
 
+import fedex_scale
+from fedex_scale import api
 from fedex_scale.runtime.errors import UserError
+
+Config = Annotated[
+    str, typer.Option(help="The run's YAML, or a recipe that comes along, such as quickstart.")
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedex-scale {fedex_scale.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
     """Federated LoRA fine-tuning of large language models with exact aggregation."""
 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Option(help="The run's YAML, such as launch/quickstart.yaml.")],
+    config: Config,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
     ] = None,
@@ -38,11 +54,30 @@ def run(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Train the clients round by round, aggregate, score and export."""
-    from fedex_scale.run import run_config
-
     asked = ["run.resume=auto"] if resume else []
     asked += [f"run.profile_steps=[{profile}]"] if profile else []
-    run_config(config, [*(overrides or []), *asked])
+    api.run(config, [*(overrides or []), *asked])
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="To read, or copy.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Copy the recipe there, to change it.")
+    ] = None,
+) -> None:
+    """List the recipes that come along; or print one, or copy it."""
+    from fedex_scale.config.recipes import copy, recipes, text_of
+
+    if name is None and out is not None:
+        raise UserError("recipes: --out copies a recipe; name one before it, such as quickstart")
+    if out is not None:
+        typer.echo(copy(name, out))
+    elif name is not None:
+        typer.echo(text_of(name), nl=False)
+    else:
+        for recipe in recipes():
+            typer.echo(f"{recipe.name}\n    {recipe.purpose}\n    {recipe.hardware}")
 
 
 @app.command("config")
@@ -55,7 +90,7 @@ def show_settings(
         str | None, typer.Option(metavar="KEY", help="Tell of one key, such as train.packing.")
     ] = None,
     check: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Look a run's YAML over; run nothing.")
+        str | None, typer.Option(metavar="FILE", help="Look a run's YAML over; run nothing.")
     ] = None,
 ) -> None:
     """Print a YAML of all settings with their defaults; or tell of one key, or check a file."""
@@ -107,28 +142,30 @@ def aggregate(
     """Aggregate LoRA adapters exactly: any PEFT adapters, no GPU, no model in memory."""
     from rich.console import Console
 
-    from fedex_scale.aggregation.job import Job
-    from fedex_scale.aggregation.offline import aggregate_files, describe, parse_weights
-    from fedex_scale.config.federation import AggregateSection, MethodConfig
+    from fedex_scale.aggregation.offline import describe, parse_weights
 
-    job = Job(
+    console = Console(highlight=False)
+    report = api.aggregate(
+        clients,
         base=base,
         out=out,
-        clients=tuple(clients),
+        method=method,
+        assign=assign,
+        svd_rank=svd_rank,
         weights=parse_weights(weights),
-        method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
-        section=AggregateSection(fold=fold, side_rank="auto" if side_rank is None else side_rank),
+        fold=fold,
+        side_rank="auto" if side_rank is None else side_rank,
         dtype=dtype,
         seed=seed,
+        console=console,
     )
-    console = Console(highlight=False)
-    for line in describe(job, aggregate_files(job, console)):
+    for line in describe(report, out):
         console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Option(help="The run's YAML.")],
+    config: Config,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
     ] = None,
@@ -145,13 +182,17 @@ def plan(
     """Say what a config needs of a machine, from its sizes alone; exit code 1 if it cannot fit."""
     from rich.console import Console
 
-    from fedex_scale.config.load import load_config
-    from fedex_scale.planning.choice import make_plan
-    from fedex_scale.planning.machine import describe_machine
     from fedex_scale.planning.plan_table import show
 
-    machine = describe_machine(gpus, gpu_memory, host_memory, nvme, tflops)
-    made = make_plan(load_config(config, overrides or []), machine)
+    made = api.plan(
+        config,
+        overrides,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        nvme=nvme,
+        tflops=tflops,
+    )
     console = Console(highlight=False, width=120)
     for part in show(made):
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
@@ -160,7 +201,7 @@ def plan(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="A run's YAML that is to run here.")] = None,
+    config: Annotated[str | None, typer.Option(help="What is to run here, as for run.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
     ] = None,
@@ -189,9 +230,7 @@ def export(
     ] = None,
 ) -> None:
     """Turn a run into one exact adapter for the untouched base, or into a merged model."""
-    from fedex_scale.federation.export import export_run
-
-    done = export_run(run, out, rank=rank, merged=merged, dtype=dtype)
+    done = api.export(run, out, rank=rank, merged=merged, dtype=dtype)
     what = "merged model" if merged else f"adapter of rank {done.rank} for the untouched base"
     typer.echo(f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}")
 
@@ -234,20 +273,23 @@ def evaluate(
     size = int(batch_size) if batch_size and batch_size.isdecimal() else batch_size
     if size not in (None, "auto") and not isinstance(size, int):
         raise UserError(f"--batch-size: expected a number or auto, got {batch_size}")
-    asked = {"tasks": tuple(suite or ()), "limit": limit, "data_dir": data_dir}
-    asked |= {"num_fewshot": num_fewshot, "batch_size": size}
-    asked = {name: value for name, value in asked.items() if value not in (None, ())}
-    distributed.join_group(required=False)
-    subject = distributed.together(
-        lambda: post_hoc.find_subject(model, adapter, asked, dtype=dtype)
+    done = api.evaluate(
+        model,
+        adapter=adapter,
+        suite=suite or (),
+        limit=limit,
+        data_dir=data_dir,
+        num_fewshot=num_fewshot,
+        batch_size=size,
+        dtype=dtype,
+        out=out,
     )
-    results = post_hoc.score(subject, out or subject.out)
     if distributed.is_main():
         console = Console(highlight=False)
-        console.print(post_hoc.table(results, subject.known_as))
-        for warning in warnings(results):
+        console.print(post_hoc.table(done.results, done.known_as))
+        for warning in warnings(done.results):
             console.print(f"warning: {warning}", markup=False, soft_wrap=True)
-        console.print(f"results: {out or subject.out}", markup=False, soft_wrap=True)
+        console.print(f"results: {done.out}", markup=False, soft_wrap=True)
 
 
 @app.command()

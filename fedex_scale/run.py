@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
-from fedex_scale.config.load import load_config
+from fedex_scale.config.load import Source, load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
@@ -46,14 +46,17 @@ from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.scoring import evaluation
 
 
-def run_config(path: str | Path, overrides: Sequence[str]) -> None:
-    """Do the run that a config file describes; every rank of the launcher calls this.
+def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
+    """Do a run and return its directory; every rank of the launcher calls this.
+
+    Args:
+        source, overrides: as `load_config` takes them.
 
     Raises:
         UserError: what the user can put right, on every rank; before anything is written or
             trained where it can be known by then.
     """
-    config = load_config(path, overrides)
+    config = load_config(source, overrides)
     phases.start()
     distributed.join_group(required=config.engine.deepspeed is not None)
     faults.watch_peers()
@@ -62,6 +65,7 @@ def run_config(path: str | Path, overrides: Sequence[str]) -> None:
         profiling(config.run.profile_steps, config.run.path / "profile"),
     ):
         _run_or_resume(config)
+    return config.run.path
 
 
 def _run_or_resume(config: Config) -> None:

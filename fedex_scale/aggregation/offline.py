@@ -47,18 +47,19 @@ def parse_weights(text: str | None) -> tuple[float, ...] | None:
         ) from None
 
 
-def describe(job: Job, report: dict[str, Any]) -> Iterator[str]:
+def describe(report: dict[str, Any], out: Path) -> Iterator[str]:
     """Yield the lines that tell a person what was made."""
+    name, number = report["method"]["name"], len(report["clients"])
     share = report["residual_norm"] / (report["ideal_norm"] or 1.0)
     yield (
-        f"{job.method.name}: {len(report['clients'])} clients, {len(report['layers'])} layers in "
+        f"{name}: {number} clients, {len(report['layers'])} layers in "
         f"{report['seconds']:.1f} s; residual {share:.2%} of the update, "
         f"kept {report['kept']:.4%} of it"
     )
     for note in report["notes"]:
         yield f"note: {note}"
-    for_base = job.out / "base" if report["base_changed"] else f"{job.base}, untouched"
-    yield f"adapter: {job.out / 'adapter'} (rank {report['adapter_rank']}), for {for_base}"
+    for_base = out / "base" if report["base_changed"] else f"{report['base']}, untouched"
+    yield f"adapter: {out / 'adapter'} (rank {report['adapter_rank']}), for {for_base}"
 
 
 def aggregate_files(job: Job, console: Console | None = None) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section
+from fedex_scale.config.shipped import locate
 from fedex_scale.config.words import named, shown
+from fedex_scale.runtime.errors import UserError
 
 ModuleNames = Annotated[tuple[str, ...], Field(min_length=1), AsTuple]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -159,6 +161,14 @@ class EngineSection(Section, title="engine"):
     """What the model runs on."""
 
     deepspeed: str | None = None
-    """A DeepSpeed JSON, such as ds_configs/zero3_offload.json; none: plain PyTorch."""
+    """A DeepSpeed file: the name of one that comes along, such as zero3_offload, or a path to a
+    JSON; none: plain PyTorch."""
     nvme_path: str | None = None
-    """Directory on a local NVMe, for ds_configs/zero3_nvme.json."""
+    """Directory on a local NVMe, for zero3_nvme."""
+
+    def problems(self) -> Iterator[str]:
+        try:
+            if self.deepspeed is not None:
+                locate("ds_configs", self.deepspeed, "engine.deepspeed")
+        except UserError as error:
+            yield str(error)

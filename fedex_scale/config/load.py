@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import yaml
 
+from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.shipped import locate
 from fedex_scale.config.words import named, shown
 from fedex_scale.config.yamlfile import MAX_DEPTH, parse_yaml, read_yaml
 from fedex_scale.runtime.errors import UserError
 
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, and check everything.
+
+def load_config(
+    source: Source, overrides: Sequence[str] | Mapping[str, Any] | None = None
+) -> Config:
+    """Read a run's settings, apply overrides, and check everything.
+
+    Args:
+        source: a YAML's path, the name of a recipe that comes along, a tree of sections, or a
+            config.
+        overrides: `section.key=value`, its value read as YAML, or a mapping of section.key to
+            values.
 
     Raises:
-        UserError: no such file, not a mapping, an unknown key, a value that cannot be. All
-            problems that can be seen at once are named at once.
+        UserError: no such file or recipe, not a mapping, an unknown key, a value that cannot be.
+            All problems that can be seen at once are named at once.
     """
-    tree = read_yaml(Path(path))
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (run, model, ...), got {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
+    tree = _tree(source)
+    if isinstance(overrides, Mapping):
+        for name, value in overrides.items():
+            _set(tree, str(name), deepcopy(value), name)
+    else:
+        for override in overrides or ():
+            _apply_override(tree, override)
     return Config(**{str(name): _section(value) for name, value in tree.items()})
 
 
+def _tree(source: Source) -> dict:
+    """Return the sections as plain data that can be changed."""
+    if isinstance(source, Config):
+        return to_dict(source)
+    if isinstance(source, Mapping):
+        return deepcopy(dict(source))
+    path = locate("recipes", source, "--config")
+    tree = read_yaml(path)
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{path}: expected sections (run, model, ...), got {type(tree).__name__}")
+    return tree or {}
+
+
 def _section(value: Any) -> Any:
-    """Take a section that the YAML leaves empty, and keys that it reads as numbers."""
+    """Take a section that the YAML leaves empty, keys that it reads as numbers, and paths."""
     if value is None:
         return {}
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {str(k): os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in value.items()}
 
 
 def _apply_override(tree: dict, override: str) -> None:
-    keys, equals, text = override.partition("=")
-    *sections, key = keys.strip().split(".")
-    if not equals or len(sections) > MAX_DEPTH:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"override: expected section.key=value, got {shown(override)}")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        value = text
+    _set(tree, name.strip(), value, override)
+
+
+def _set(tree: dict, name: str, value: Any, override: Any) -> None:
+    """Set a key of a section, such as train.batch_size.
+
+    Args:
+        override: as the user wrote it, for the error.
+    """
+    *sections, key = name.split(".")
+    if len(sections) > MAX_DEPTH:
         raise UserError(f"override: expected section.key=value, got {shown(override)}")
     node: Any = tree
     for section in sections:
@@ -52,7 +95,4 @@ def _apply_override(tree: dict, override: str) -> None:
             raise UserError(
                 f"override: {named(section)} in {shown(override)} is a value and not a section"
             )
-    try:
-        node[key] = parse_yaml(text)
-    except yaml.YAMLError:
-        node[key] = text
+    node[key] = value

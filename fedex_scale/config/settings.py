@@ -64,7 +64,7 @@ class EvaluationSection(Section, title="evaluation"):
     """What is scored, and when."""
 
     tasks: Names = ()
-    """lm-eval tasks and groups: this project's (eval/tasks) or stock ones; none: no scoring."""
+    """lm-eval tasks and groups: this project's (docs/evaluation.md) or stock; none: no scoring."""
     data: dict[str, str | dict[str, str]] | None = None
     """Task name -> local .json or .jsonl file to score on, in place of the hub's data; of a stock
     task also {test: FILE, train: FILE}, as its own splits are called."""

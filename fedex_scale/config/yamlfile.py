@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fedex_scale.config.shipped import remedy
 from fedex_scale.config.words import shown
 from fedex_scale.runtime.errors import UserError
 
@@ -30,7 +31,9 @@ def read_yaml(path: Path) -> Any:
                 raise UserError(f"--config: cannot read {path} (not a regular file); name a file")
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"--config: cannot read {path} ({error.strerror}); name a file") from None
+        raise UserError(
+            f"--config: cannot read {path} ({error.strerror}); {remedy('recipes', path)}"
+        ) from None
     if len(raw) > MAX_BYTES:
         raise UserError(f"{path}: expected at most {MAX_BYTES:,} bytes, got more; is it a config?")
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedex_scale.config.learning import EngineSection
+from fedex_scale.config.shipped import locate, remedy
+from fedex_scale.config.words import shown
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 
@@ -33,7 +34,7 @@ def read_ds_config(
         UserError: unreadable, or it sets what the run sets (optimizer, scheduler), or asks for a
             ZeRO feature under which a direct write to a shard would go stale.
     """
-    config = _read(section)
+    config = read_settings(section.deepspeed)
     zero = config.get("zero_optimization", {})
     refused = {
         "optimizer": "optimizer" in config,
@@ -56,12 +57,12 @@ def read_ds_config(
     if bf16 and not zero.get("stage"):
         raise UserError(
             f"engine.deepspeed: {section.deepspeed} is ZeRO stage 0, whose bfloat16 masters cannot "
-            "be reset between clients; use ds_configs/zero2.json, or none for plain PyTorch"
+            "be reset between clients; use zero2, or none for plain PyTorch"
         )
     if quantization != "none" and zero.get("stage") == 3:
         raise UserError(
             f"model.quantization: expected none under ZeRO-3, got {quantization}, whose packed "
-            "weights cannot be sharded; use ds_configs/zero2.json or no quantization"
+            "weights cannot be sharded; use zero2 or no quantization"
         )
     values = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -78,23 +79,33 @@ def read_ds_config(
 
 def zero_stage(section: EngineSection) -> int:
     """Return the ZeRO stage that is asked for, 0 without DeepSpeed."""
-    if section.deepspeed is None:
-        return 0
-    return _read(section).get("zero_optimization", {}).get("stage", 0)
+    return (read_settings(section.deepspeed) or {}).get("zero_optimization", {}).get("stage", 0)
 
 
-def _read(section: EngineSection) -> dict[str, Any]:
+def read_settings(given: str | None) -> dict[str, Any] | None:
+    """Return a DeepSpeed file as it stands, or None for plain PyTorch.
+
+    Args:
+        given: name of one that comes along, or a path.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    if given is None:
+        return None
+    path = locate("ds_configs", given, "engine.deepspeed")
     try:
-        return json.loads(Path(section.deepspeed).read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"engine.deepspeed: cannot read {section.deepspeed} ({error.strerror}); "
-            "choose a file of ds_configs/"
+            f"engine.deepspeed: cannot read {given} ({error.strerror}); "
+            f"{remedy('ds_configs', given)}"
         ) from None
     except ValueError as error:
-        raise UserError(
-            f"engine.deepspeed: {section.deepspeed} is not valid JSON ({error})"
-        ) from None
+        raise UserError(f"engine.deepspeed: {given} is not valid JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"engine.deepspeed: {given}: expected an object, got {shown(settings)}")
+    return settings
 
 
 def _fill_auto(node: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

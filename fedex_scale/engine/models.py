@@ -97,12 +97,13 @@ def base_config(section: ModelSection, *, offline: bool = False) -> PretrainedCo
     """Return the model's config.json.
 
     Args:
-        offline: take the facts that come along for a model of the hub, if there are any.
+        offline: take the facts that come along for a model of the hub, if there are any, or for
+            a directory of that name that is not there yet.
 
     Raises:
         UserError: it cannot be had, or read.
     """
-    file = section.config or (known_models().get(section.path) if offline else None)
+    file = section.config or (_known(section.path) if offline else None)
     if file is None:
         return _load(AutoConfig, section)
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -123,6 +124,13 @@ def known_models() -> dict[str, str]:
     """Return the models of the hub whose config.json comes along: its name, by the hub's id."""
     files = sorted(CONFIGS.glob("*.json"))
     return {json.loads(file.read_text())["_name_or_path"]: file.stem for file in files}
+
+
+def _known(path: str) -> str | None:
+    """Return the name of the config that comes along for a model, or None."""
+    by_id = known_models()
+    by_name = {} if Path(path).exists() else {Path(id).name: by_id[id] for id in by_id}
+    return by_id.get(path) or by_name.get(Path(path).name)
 
 
 def meta_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:

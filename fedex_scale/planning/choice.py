@@ -18,18 +18,19 @@ from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
 from fedex_scale.aggregation.communication import Traffic, traffic
 from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
+from fedex_scale.config.shipped import names_of
 from fedex_scale.engine import models
+from fedex_scale.engine.ds_config import read_settings
 from fedex_scale.federation.client import num_steps
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import footprint
 from fedex_scale.planning.footprint import Weights, Work
 from fedex_scale.planning.machine import Machine, this_machine
-from fedex_scale.planning.plan import PLAIN, Estimate, estimate, read_settings
+from fedex_scale.planning.plan import PLAIN, Estimate, estimate
 from fedex_scale.rounds import choose_clients
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 TITLES = {"gpu": "each GPU", "host": "host RAM", "nvme": "NVMe", "disk": "disk"}
 _GB = 1e9
 
@@ -73,7 +74,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     remedy = None
     if not chosen.fits:
         remedy = _cheapest(config, machine, sizes)
-    files = {PLAIN: None, **{file.stem: str(file) for file in sorted(DS_CONFIGS.glob("*.json"))}}
+    files = {PLAIN: None, **{name: name for name in names_of("ds_configs")}}
     own = config.engine.deepspeed
     files[Path(own).stem if own else PLAIN] = own
     others = [
@@ -290,8 +291,7 @@ def _changes(config: Config, machine: Machine) -> Iterator[Config]:
     """Yield configs that may fit where the given one does not, small changes first."""
     own = config.engine.deepspeed
     names = ["zero2", "zero3", "zero3_offload", *["zero3_nvme"] * (machine.nvme is not None)]
-    files = [own, None, *(str(DS_CONFIGS / f"{name}.json") for name in names)]
-    files = [file for file in dict.fromkeys(files) if file is None or Path(file).is_file()]
+    files = dict.fromkeys([own, None, *names])
     packings = ["none"] if config.model.random else ["none", "int8", "nf4"]
     sizes = sorted({config.train.micro_batch_size, 1}, reverse=True)
     for packing in packings:
@@ -323,9 +323,7 @@ def _override(config: Config, other: Config, name: str) -> list[str]:
     old, new = (getattr(getattr(c, section), key) for c in (config, other))
     if old == new:
         return []
-    if key == "deepspeed":
-        new = f"ds_configs/{Path(new).name}" if new else "null"
-    return [f"{name}={str(new).lower()}"]
+    return [f"{name}={'null' if new is None else str(new).lower()}"]
 
 
 def _steps(config: Config, one_client: bool) -> int | None:

@@ -6,7 +6,6 @@ worst moment: a micro-batch of the longest examples, with all optimizer state th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
 from fedex_scale.config.settings import Config
 from fedex_scale.planning.footprint import Weights, Work
 from fedex_scale.planning.machine import Machine
-from fedex_scale.runtime.errors import UserError
 
 PLAIN = "none"
 # Beside tensors, in bytes. Of a process: Python, torch and the libraries. Of a GPU: CUDA's context,
@@ -65,16 +63,6 @@ class Estimate:
     @property
     def fits(self) -> bool:
         return not (self.lacks or self.refused)
-
-
-def read_settings(path: str | None) -> dict[str, Any] | None:
-    """Return a DeepSpeed file as it stands, or None for plain PyTorch."""
-    if path is None:
-        return None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed: cannot read {path} ({error}); name a file") from None
 
 
 def estimate(

@@ -159,7 +159,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return (
             "out of memory; lower train.micro_batch_size, or set model.gradient_checkpointing="
-            "true, or engine.deepspeed=ds_configs/zero3_offload.json; the same command with "
+            "true, or engine.deepspeed=zero3_offload; the same command with "
             "--resume goes on"
         )
     if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PEER):

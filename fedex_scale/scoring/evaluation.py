@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.config.settings import EvaluationSection
+from fedex_scale.config.shipped import shipped
 from fedex_scale.data.sources import cause_of
 from fedex_scale.data.suites import data_root
 from fedex_scale.runtime import distributed
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
-TASKS_DIR = Path(__file__).parents[2] / "eval" / "tasks"
+TASKS_DIR = shipped("tasks")
 BOOTSTRAPS = 1000  # for standard errors that have no formula; a mean's has one
 
 
@@ -45,7 +46,7 @@ def check_tasks(section: EvaluationSection) -> None:
     for name in section.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see eval/tasks"
+            hint = f"did you mean {near[0]}?" if near else f"see {TASKS_DIR}"
             raise UserError(f"evaluation.tasks: unknown task {name}; {hint}")
     if section.num_fewshot and all(map(_is_ours, section.tasks)):
         raise UserError(

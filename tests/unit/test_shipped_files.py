@@ -35,11 +35,10 @@ def by_name(path: Path) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=by_name)
 def test_recipe(path: Path) -> None:
     config = load_config(path)
-    if config.engine.deepspeed:
-        assert (ROOT / config.engine.deepspeed).is_file()
+    assert config == load_config(path.stem)
+    assert config.run.name
     launched = path.read_text(encoding="utf-8").splitlines()[1]
-    assert launched.startswith("# ")
-    assert f"launch/instruct.py --config launch/{path.name}" in launched
+    assert launched == f"# fedex-scale run --config {path.stem}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=by_name)
@@ -70,7 +69,7 @@ def test_deepspeed_config_leaves_nothing_to_fill_in(path: Path) -> None:
 def test_zero_0_in_bfloat16_is_refused() -> None:
     section = EngineSection(deepspeed=str(ROOT / "ds_configs" / "zero0.json"))
     sizes = {"micro_batch_size": 2, "accumulation": 3, "max_grad_norm": 0.5, "largest_weight": 9}
-    with pytest.raises(UserError, match=r"use ds_configs/zero2\.json"):
+    with pytest.raises(UserError, match="use zero2"):
         read_ds_config(section, bf16=True, **sizes)
 
 

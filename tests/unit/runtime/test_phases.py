@@ -71,9 +71,7 @@ def test_phases_of_a_run_add_up_to_its_wall_time(tiny_llama: Path, tmp_path: Pat
 
 def test_the_command_line_names_steps_to_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        "fedex_scale.run.run_config", lambda config, overrides: asked.append(overrides)
-    )
+    monkeypatch.setattr("fedex_scale.api.run", lambda config, overrides: asked.append(overrides))
     with pytest.raises(SystemExit):
         main(["run", "--config", "run.yaml", "--profile", "3,4"])
     assert asked == [["run.profile_steps=[3,4]"]]

@@ -1,0 +1,324 @@
+"""What the package does, as functions: the command line calls these, and so may a program.
+
+Whatever a caller can put right is a UserError, one line; so is all that these functions raise on
+purpose. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedex_scale.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from fedex_scale.config.load import Source
+    from fedex_scale.federation.export import Exported
+    from fedex_scale.methods.algebra import Pair
+    from fedex_scale.methods.interface import LayerUpdate
+    from fedex_scale.planning.choice import Plan
+
+__all__ = ["UserError", "aggregate", "aggregate_layer", "evaluate", "export", "plan", "run"]
+
+Overrides = Sequence[str] | Mapping[str, Any]
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    Fields:
+        path: its directory; what lies there is told in README.md.
+        scores: `task/metric` -> mean, from 0 to 1, by round; round 0 is before training.
+    """
+
+    path: Path
+    scores: dict[int, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A model's scores.
+
+    Fields:
+        scores: `task/metric` -> mean, from 0 to 1; on the first rank, and empty elsewhere.
+        out: where results.json and samples.jsonl lie.
+        results: all that lm-eval told.
+        known_as: the base's name and the method, by which the paper's scores are found.
+    """
+
+    scores: dict[str, float]
+    out: Path
+    results: dict[str, Any]
+    known_as: tuple[str, str] | None
+
+
+def run(config: Source, overrides: Overrides | None = None) -> Run:
+    """Train the clients round by round, aggregate, score and export, as `fedex-scale run` does.
+
+    Under a launcher every rank calls this.
+
+    Args:
+        config: a YAML's path, a recipe's name such as quickstart, a tree of sections, or a Config.
+        overrides: such as {"train.learning_rate": 1e-4}, or a list of section.key=value.
+
+    Raises:
+        UserError: settings, data or a model that cannot be used, before anything is trained; a
+            full disk, or a client that failed.
+    """
+    from fedex_scale.files.run_dir import RunDir
+    from fedex_scale.reporting import record
+    from fedex_scale.run import run_config
+    from fedex_scale.runtime import distributed
+
+    path = run_config(config, overrides)
+    scores: dict[int, dict[str, float]] = {}
+    for row in distributed.on_main(lambda: record.gather(RunDir(path)))["scores"]:
+        scores.setdefault(row["round"], {})[f"{row['task']}/{row['metric']}"] = row["value"]
+    return Run(path=path, scores=scores)
+
+
+def aggregate(
+    clients: Iterable[PathLike],
+    *,
+    base: PathLike,
+    out: PathLike,
+    method: str = "fedex",
+    assign: str = "average",
+    svd_rank: int | None = None,
+    weights: Iterable[float] | None = None,
+    fold: str = "side",
+    side_rank: int | Literal["auto"] = "auto",
+    dtype: Literal["float32"] | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Aggregate PEFT LoRA adapters that lie on disk, as `fedex-scale aggregate` does.
+
+    Needs no GPU and does not load the model: a layer's factors are in memory at a time.
+
+    Args:
+        clients: PEFT adapter directories.
+        base: the model that they were trained on: a directory or a hub id. It is never changed.
+        out: directory to make: adapter/, report.json, and base/ where a weight changed.
+        method, assign, svd_rank: as in the settings' section `method`.
+        weights: one a client, of any sum; none: all alike.
+        fold: where the residual goes: side (into the adapter), carry or round (into the base).
+        side_rank: side: columns for it, and the rest goes into the base; auto: all.
+        dtype: float32: write a changed base so; none: as it is.
+        seed: for methods that draw a fresh adapter.
+        console: to show the progress on, where it is a terminal.
+
+    Returns:
+        What report.json holds: `adapter_rank`, `base_changed`, the part of the residual that was
+        `kept` (from 0 to 1), norms in all and by layer, notes.
+
+    Raises:
+        UserError: an input that cannot be used, or no room; nothing is left behind.
+    """
+    from fedex_scale.aggregation.job import Job
+    from fedex_scale.aggregation.offline import aggregate_files
+    from fedex_scale.config.federation import AggregateSection, MethodConfig
+
+    job = Job(
+        base=os.fspath(base),
+        out=Path(out),
+        clients=tuple(map(Path, clients)),
+        weights=None if weights is None else tuple(weights),
+        method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
+        section=AggregateSection(fold=fold, side_rank=side_rank),
+        dtype=dtype,
+        seed=seed,
+    )
+    return aggregate_files(job, console)
+
+
+def aggregate_layer(
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    *,
+    scaling: float,
+    weights: Iterable[float] | None = None,
+    previous: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+    **method: Any,
+) -> LayerUpdate:
+    """Aggregate one layer's LoRA pairs in memory, for a trainer of one's own.
+
+    A layer is applied as W + scaling * B A. After W += sum of U V over the update's pieces, and
+    with its new pair, the layer computes what the method says; of fedex the mean of the clients'
+    layers, exactly.
+
+    Args:
+        pairs: A (R, I) and B (O, R) of each client, any float dtype, on one device.
+        scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
+        weights: one a client, of any sum; none: all alike.
+        previous: the server's pair that the clients began with; ffa checks their A against it.
+        seed: of the fresh pair that flora, and fedex with assign="reinit", go on with.
+        method: values of the settings' section `method`, such as name="flexlora" or svd_rank=8.
+
+    Returns:
+        `pair`, the new A_RI and B_OR, and `base_update`, pieces U_OP (O, P) and V_PI (P, I),
+        computed as they are iterated, none where the method adds nothing; all float32. With
+        assign="keep", `client_update(k)` gives client k's pieces. `note`: a line, or None.
+
+    Raises:
+        UserError: no pairs, shapes that do not go together, numbers that are not finite, or a
+            setting that cannot be.
+    """
+    import torch
+
+    from fedex_scale.methods.algebra import Clients, Pair, normalise_weights
+    from fedex_scale.methods.all import METHODS
+    from fedex_scale.methods.interface import MethodConfig
+
+    config = MethodConfig(**method)
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise UserError(f"scaling: expected a number above 0, alpha / R, got {scaling}")
+    given = [Pair(A_RI.detach(), B_OR.detach()) for A_RI, B_OR in pairs]
+    if not given:
+        raise UserError("pairs: expected at least one client's A and B, got none")
+    for k, pair in enumerate(given):
+        _check_pair(f"client {k}", pair, given[0])
+    weight_K = normalise_weights([1.0] * len(given) if weights is None else weights)
+    if len(weight_K) != len(given):
+        raise UserError(f"weights: expected one a client ({len(given)}), got {len(weight_K)}")
+    before = None if previous is None else Pair(*(factor.detach() for factor in previous))
+    if before is not None:
+        _check_pair("previous", before, given[0])
+    generator = torch.Generator().manual_seed(seed)
+    clients = Clients(given, weight_K, scaling)
+    with torch.no_grad():
+        return METHODS[config.name].update(clients, before, config, generator)
+
+
+def evaluate(
+    model: PathLike,
+    *,
+    adapter: PathLike | None = None,
+    suite: Sequence[str] = (),
+    limit: int | None = None,
+    data_dir: str | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | Literal["auto"] | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    out: PathLike | None = None,
+) -> Scored:
+    """Score a run's final model, or any model, with lm-eval, as `fedex-scale evaluate` does.
+
+    Args:
+        model: a run's directory, a model's directory, or a hub id.
+        adapter: PEFT directory; none: of a run its final/adapter.
+        suite: tasks and groups; none: the run's own.
+        limit: the first so many examples of each task; none: all.
+        data_dir: where local test sets lie; none: the environment's FEDEX_SCALE_DATA.
+        num_fewshot: examples in a stock task's prompt; none: as the task has it.
+        batch_size: prompts at once; none: the run's own, or 16.
+        dtype: to compute in; none: the run's own, or what is fast.
+        out: directory to make; none: a new one in the run, or below evaluations/.
+
+    Raises:
+        UserError: an unfinished run, an unknown task, missing rows, or an adapter for another base.
+    """
+    from fedex_scale.runtime import distributed
+    from fedex_scale.scoring import post_hoc
+    from fedex_scale.scoring.evaluation import scores
+
+    asked = {
+        "tasks": tuple(suite),
+        "limit": limit,
+        "data_dir": data_dir,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+    }
+    asked = {name: value for name, value in asked.items() if value not in (None, ())}
+    path = None if adapter is None else Path(adapter)
+    distributed.join_group(required=False)
+    subject = distributed.together(
+        lambda: post_hoc.find_subject(os.fspath(model), path, asked, dtype=dtype)
+    )
+    place = Path(out) if out else subject.out
+    results = post_hoc.score(subject, place)
+    return Scored(scores=scores(results), out=place, results=results, known_as=subject.known_as)
+
+
+def export(
+    run: PathLike,
+    out: PathLike,
+    *,
+    rank: int | None = None,
+    merged: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Exported:
+    """Turn a finished run into one adapter for the untouched base, or into a merged model.
+
+    Args:
+        run: the run's directory.
+        out: directory to make.
+        rank: of the adapter; none: as many columns as make it exact.
+        merged: write a whole model.
+        dtype: of a merged model; none: the base's.
+
+    Returns:
+        `rounds` of the run, the adapter's `rank` (0 if merged), and the relative `error`.
+
+    Raises:
+        UserError: not a run, unfinished, or with a round whose residual was not kept.
+    """
+    from fedex_scale.federation.export import export_run
+
+    return export_run(Path(run), Path(out), rank=rank, merged=merged, dtype=dtype)
+
+
+def plan(
+    config: Source,
+    overrides: Overrides | None = None,
+    *,
+    gpus: int | None = None,
+    gpu_memory: str | None = None,
+    host_memory: str | None = None,
+    nvme: str | None = None,
+    tflops: float | None = None,
+) -> Plan:
+    """Say what a run needs of a machine, from its sizes alone, as `fedex-scale plan` does.
+
+    Args:
+        config, overrides: as for `run`.
+        gpus: how many; none: as here. 0 GB of memory each means ranks on a CPU.
+        gpu_memory, host_memory, nvme: such as 80GB; none: as here.
+        tflops: that training reaches on a GPU; none: 40% of an A100.
+
+    Returns:
+        `chosen.fits`, `chosen.needs` (bytes by component and place), `others` (with each DeepSpeed
+        file), `remedy` (the cheapest change that fits, or None).
+
+    Raises:
+        UserError: settings that cannot be, or a model whose config cannot be had.
+    """
+    from fedex_scale.config.load import load_config
+    from fedex_scale.planning.choice import make_plan
+    from fedex_scale.planning.machine import describe_machine
+
+    machine = describe_machine(gpus, gpu_memory, host_memory, nvme, tflops)
+    return make_plan(load_config(config, overrides), machine)
+
+
+def _check_pair(name: str, pair: Pair, like: Pair) -> None:
+    """Raise a UserError unless a pair is finite, and of the same shapes as another."""
+    (A_shape, B_shape), expected = ([tuple(x.shape) for x in two] for two in (pair, like))
+    if len(A_shape) != 2 or len(B_shape) != 2 or A_shape[0] != B_shape[1]:
+        raise UserError(f"{name}: expected A (R, I) and B (O, R), got {A_shape} and {B_shape}")
+    if [A_shape, B_shape] != expected:
+        raise UserError(
+            f"{name}: expected A and B of {expected[0]} and {expected[1]} as of client 0, got "
+            f"{A_shape} and {B_shape}; fill a lower rank up with zeros"
+        )
+    if not (pair.A_RI.isfinite().all() and pair.B_OR.isfinite().all()):
+        raise UserError(f"{name}: expected finite numbers, got NaN or Inf; leave it out")
