@@ -1,10 +1,11 @@
 """What the forward pass keeps over many rounds, and what it costs, for every way to fold.
 
-    python benchmarks/rounds.py [--rounds 20] [--clients 3,10] [--steps 3] [--out DIR] [--quick]
+    python benchmarks/rounds.py [--rounds 20] [--clients 3,10] [--inits shared,per_client]
+                                [--steps 2] [--layers 2] [--out DIR] [--quick]
 
 Clients train on word problems, from one A for all and from one each, in float32, where every fold
 is exact. Their adapters are then aggregated anew in bfloat16 in every way, on the same model,
-without training. Of 35 layers (five decoder layers), as the spectra of all take hours.
+without training. Of a few decoder layers, as the spectra of all take hours.
 
 A first table tells how many columns the sum of all residuals needs, the second what is kept.
 --out also draws them.
@@ -60,7 +61,7 @@ def benchmark(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         for num_clients in clients:
-            for init in ("shared", "per_client"):
+            for init in args.inits.split(","):
                 config = write_config(args, scratch, num_clients, init, number)
                 run_config(config, [])
                 case = {"clients": num_clients, "init": init}
@@ -83,7 +84,11 @@ def write_config(
     data = scratch / "train.jsonl"
     write_jsonl(generate(0, train=1500, heldout=1)[0], data)
     depth = AutoConfig.from_pretrained(args.model).num_hidden_layers
-    layers = [0] if args.quick else range(0, depth, max(1, depth // 5))[:5]
+    layers = (
+        [0]
+        if args.quick
+        else [depth * (2 * i + 1) // (2 * args.layers) for i in range(args.layers)]
+    )
     config = {
         "run": {"name": f"{init}-{clients}", "dir": str(scratch), "save_steps": None},
         "model": {"path": args.model, "dtype": "float32"},
@@ -251,6 +256,8 @@ if __name__ == "__main__":
         benchmark,
         rounds={"type": int, "default": 20, "help": "rounds (%(default)s)"},
         clients={"default": "3,10", "help": "numbers of clients (%(default)s)"},
-        steps={"type": int, "default": 3, "help": "optimizer steps a client (%(default)s)"},
+        inits={"default": "shared,per_client", "help": "where A comes from (%(default)s)"},
+        steps={"type": int, "default": 2, "help": "optimizer steps a client (%(default)s)"},
+        layers={"type": int, "default": 2, "help": "decoder layers to adapt (%(default)s)"},
         out={"help": "directory for rounds.md, rounds.json and rounds.png"},
     )
