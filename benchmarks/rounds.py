@@ -1,7 +1,7 @@
 """What the forward pass keeps over many rounds, and what it costs, for every way to fold.
 
     python benchmarks/rounds.py [--rounds 20] [--clients 3,10] [--inits shared,per_client]
-                                [--steps 2] [--layers 2] [--out DIR] [--quick]
+                                [--steps 3] [--layers 2] [--out DIR] [--quick]
 
 Clients train on word problems, from one A for all and from one each, in float32, where every fold
 is exact. Their adapters are then aggregated anew in bfloat16 in every way, on the same model,
@@ -257,7 +257,7 @@ if __name__ == "__main__":
         rounds={"type": int, "default": 20, "help": "rounds (%(default)s)"},
         clients={"default": "3,10", "help": "numbers of clients (%(default)s)"},
         inits={"default": "shared,per_client", "help": "where A comes from (%(default)s)"},
-        steps={"type": int, "default": 2, "help": "optimizer steps a client (%(default)s)"},
+        steps={"type": int, "default": 3, "help": "optimizer steps a client (%(default)s)"},
         layers={"type": int, "default": 2, "help": "decoder layers to adapt (%(default)s)"},
         out={"help": "directory for rounds.md, rounds.json and rounds.png"},
     )
