@@ -1,5 +1,5 @@
 #!/bin/bash
-# sbatch launch/slurm.sh launch/mistral_7b_metamath.yaml engine.deepspeed=ds_configs/zero3.json
+# sbatch launch/slurm.sh mistral_7b_metamath engine.deepspeed=zero3
 #
 # Two nodes of eight GPUs. DeepSpeed's launcher reads the hosts from a file that is made here, and
 # starts the processes by pdsh. run.dir must lie on a file system that all nodes see. Submitted

@@ -43,8 +43,19 @@ PYTHONS = {
 
 def test_every_declared_dependency_is_pinned_and_installed_as_pinned() -> None:
     pins = read_pins()
-    for name in declared_dependencies():
+    for name in (requirement.name for requirement in declared_requirements()):
         assert version(name).partition("+")[0] == pins[canonicalize_name(name)], name
+
+
+def test_every_declared_dependency_has_a_lower_bound_that_the_pin_meets_and_a_reason() -> None:
+    pins = read_pins()
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    for requirement in declared_requirements():
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", requirement
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier
+        (line,) = [line for line in lines if line.startswith(f'    "{requirement}",')]
+        assert line.partition("  # ")[2], line
 
 
 def test_torch_pin_fits_cpu_and_cuda_builds() -> None:
@@ -139,10 +150,10 @@ def read_pins() -> dict[str, str]:
     return pins
 
 
-def declared_dependencies() -> list[str]:
+def declared_requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].values()
-    return [Requirement(line).name for line in sum(extras, project["dependencies"])]
+    return [Requirement(line) for line in sum(extras, project["dependencies"])]
 
 
 def make_install(
