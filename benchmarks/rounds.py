@@ -1,7 +1,7 @@
 """What the forward pass keeps over many rounds, and what it costs, for every way to fold.
 
     python benchmarks/rounds.py [--rounds 20] [--clients 3,10] [--inits shared,per_client]
-                                [--steps 3] [--layers 2] [--out DIR] [--quick]
+                                [--rank 32] [--steps 3] [--layers 2] [--out DIR] [--quick]
 
 Clients train on word problems, from one A for all and from one each, in float32, where every fold
 is exact. Their adapters are then aggregated anew in bfloat16 in every way, on the same model,
@@ -38,7 +38,7 @@ from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import LowRank, norm, singular_values, stack
 from fedex_scale.run import engine_for, run_config
 
-RANK, ALPHA = 32, 16
+ALPHA = 16
 PROJECTIONS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj".split()
 PROJECTIONS += "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
 TOLERANCES = (0.1, 0.01, 0.001)
@@ -55,7 +55,7 @@ FOLDS = {
 def benchmark(args: argparse.Namespace) -> None:
     number = 2 if args.quick else args.rounds
     clients = [2] if args.quick else [int(word) for word in args.clients.split(",")]
-    settings = f"{args.model}, rank {RANK}, alpha {ALPHA}, lr 5e-4, {args.steps} steps of 4"
+    settings = f"{args.model}, rank {args.rank}, alpha {ALPHA}, lr 5e-4, {args.steps} steps of 4"
     print(f"{settings}\n{describe_machine()}\n", flush=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -67,7 +67,7 @@ def benchmark(args: argparse.Namespace) -> None:
                 case = {"clients": num_clients, "init": init}
                 rows += [case | row for row in ranks(config)]
                 for fold, options in FOLDS.items():
-                    one = str((num_clients - 1) * RANK)
+                    one = str((num_clients - 1) * args.rank)
                     options = [option.replace("ONE", one) for option in options]
                     rows += [case | {"fold": fold} | row for row in replay(config, options)]
                 if args.out:
@@ -82,18 +82,15 @@ def write_config(
 ) -> Path:
     """Write the config of a run whose folds are exact, and its data."""
     data = scratch / "train.jsonl"
-    write_jsonl(generate(0, train=1500, heldout=1)[0], data)
+    write_jsonl(generate(0, train=400, heldout=1)[0], data)
     depth = AutoConfig.from_pretrained(args.model).num_hidden_layers
-    layers = (
-        [0]
-        if args.quick
-        else [depth * (2 * i + 1) // (2 * args.layers) for i in range(args.layers)]
-    )
+    number = 1 if args.quick else args.layers
+    layers = [depth * (2 * i + 1) // (2 * number) for i in range(number)]  # evenly spread
     config = {
         "run": {"name": f"{init}-{clients}", "dir": str(scratch), "save_steps": None},
         "model": {"path": args.model, "dtype": "float32"},
         "lora": {
-            "rank": 4 if args.quick else RANK,
+            "rank": 4 if args.quick else args.rank,
             "alpha": ALPHA,
             "target_modules": [f"layers.{i}.{name}" for i in layers for name in PROJECTIONS],
         },
@@ -256,6 +253,7 @@ if __name__ == "__main__":
         benchmark,
         rounds={"type": int, "default": 20, "help": "rounds (%(default)s)"},
         clients={"default": "3,10", "help": "numbers of clients (%(default)s)"},
+        rank={"type": int, "default": 32, "help": "of LoRA (%(default)s)"},
         inits={"default": "shared,per_client", "help": "where A comes from (%(default)s)"},
         steps={"type": int, "default": 3, "help": "optimizer steps a client (%(default)s)"},
         layers={"type": int, "default": 2, "help": "decoder layers to adapt (%(default)s)"},
