@@ -129,14 +129,11 @@ def grow(
 
 def _appended(new: LowRank, part: LowRank, past: Past) -> Growth:
     """Tell what new columns achieve; the norms grow by inner products, without the whole sum."""
-    with_sum = with_unseen = 0.0
-    for residual in past.residuals:
-        with_new = inner(residual, new)
-        with_sum += with_new
-        with_unseen += with_new - inner(residual, part)
-    for seen in past.seen:
-        with_unseen -= inner(seen, new) - inner(seen, part)
-    missed = norm(stack(new, _minus(part)))
+    lost, with_sum, with_unseen = stack(new, _minus(part)), 0.0, 0.0
+    if residuals := list(past.residuals):
+        with_sum = inner(stack(*residuals), new)
+        with_unseen = inner(stack(*residuals, *map(_minus, past.seen)), lost)
+    missed = norm(lost)
     return Growth(
         part=part,
         whole=False,
