@@ -41,8 +41,9 @@ from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
 from fedex_scale.runtime.phases import phase, profiling
-from fedex_scale.runtime.progress import Monitor, open_trackers
+from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.runtime.trackers import Trackers
 from fedex_scale.scoring import evaluation
 
 
@@ -74,21 +75,23 @@ def _run_or_resume(config: Config) -> None:
     if found.checkpoint is not None and found.checkpoint.place.finished:
         _tell(f"{run.path}: this run is finished; nothing to do")
         return
-    with phase("load"):
-        distributed.together(lambda: check_evaluation(config))
-        if config.train.packing:
-            distributed.together(lambda: models.check_packing(config.model))
-        tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
-        clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
-        config = with_side_rank(config, found)
-        warning = distributed.on_main(lambda: choice.warning(config))
-        if warning:
-            _tell(warning)
-        engine = distributed.together(lambda: engine_for(config, len(clients)))
-        distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
-    for note in found.notes:
-        _tell(note)
-    _run(config, engine, tokenizer, clients, run, found.checkpoint)
+    with Trackers(config.run.trackers, run.path) as trackers:
+        with phase("load"):
+            distributed.together(lambda: check_evaluation(config))
+            if config.train.packing:
+                distributed.together(lambda: models.check_packing(config.model))
+            tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
+            clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+            config = with_side_rank(config, found)
+            warning = distributed.on_main(lambda: choice.warning(config))
+            if warning:
+                _tell(warning)
+            distributed.on_main(lambda: trackers.open(to_dict(config)))
+            engine = distributed.together(lambda: engine_for(config, len(clients)))
+            distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
+        for note in found.notes:
+            _tell(note)
+        _run(config, engine, tokenizer, clients, run, found.checkpoint, trackers)
 
 
 def with_side_rank(config: Config, found: Found) -> Config:
@@ -233,6 +236,7 @@ def _run(
     clients: list[Examples],
     run: RunDir,
     last: Checkpoint | None,
+    trackers: Trackers,
 ) -> None:
     rounds, seed = config.federation.rounds, config.run.seed
     total = sum(
@@ -240,7 +244,6 @@ def _run(
         for round in range(1, rounds + 1)
         for client in choose_clients(config.federation, len(clients), seed, round)
     )
-    trackers = open_trackers(config.run.trackers, run.path, to_dict(config))
     with (
         Saver(config, engine, run, last) as saver,
         Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor,

@@ -44,7 +44,7 @@ class RunSection(Section, title="run"):
     save_steps: Count | None = 50
     """Steps of a client between checkpoints; none: only when a client or a round is done."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], AsTuple] = ()
-    """Any of tensorboard, wandb, trackio; through accelerate's trackers."""
+    """Any of tensorboard (in the run, tensorboard/), wandb, trackio: a series per client."""
     profile_steps: Annotated[tuple[Count, ...], AsTuple] = ()
     """Steps of which to write a torch profiler trace, counted from 1 as the program starts."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedex_scale.runtime import distributed
+from fedex_scale.runtime.trackers import Trackers
 
 PLAIN_LINE_EVERY_S = 10.0
-
-Tracker = Callable[[Mapping[str, float], int], None]
 
 
 class Monitor:
@@ -25,12 +24,14 @@ class Monitor:
     Every event is a line of `metrics.jsonl` and goes to the trackers; other ranks stay silent.
     """
 
-    def __init__(self, metrics: Path, *, total_steps: int, trackers: list[Tracker]) -> None:
+    def __init__(self, metrics: Path, *, total_steps: int, trackers: Trackers) -> None:
         self.console = Console(highlight=False, quiet=not distributed.is_main())
         self._file = metrics.open("a", encoding="utf-8") if distributed.is_main() else None
         self._trackers = trackers
         self._total, self._tokens = total_steps, 0
         self._before = _read_events(metrics)
+        if distributed.is_main():
+            trackers.begin(self._before)
         self._done = self._resumed = sum(x["event"] == "step" for x in self._before)
         self._start = self._last_line = time.perf_counter()
         self._training_s = 0.0
@@ -76,9 +77,10 @@ class Monitor:
             "eval": self._eval,
         }
         show.get(event, lambda fields: None)(fields)
-        numbers = {f"{event}/{k}": v for k, v in fields.items() if isinstance(v, (int, float))}
-        for tracker in self._trackers:
-            tracker(numbers, self._done)
+        if event == "step":
+            took = time.perf_counter() - self._last_event
+            fields["tokens_per_s"] = fields["tokens"] / took
+        self._trackers.log(event, fields)
         self._last_event = time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -159,32 +161,6 @@ def _read_events(metrics: Path) -> list[dict[str, Any]]:
     if not metrics.exists():
         return []
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-
-
-def open_trackers(names: tuple[str, ...], directory: Path, config: dict) -> list[Tracker]:
-    """Return a function per experiment tracker (accelerate's), on rank 0 only."""
-    if not names or not distributed.is_main():
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    trackers = []
-    for name in names:
-        cls = LOGGER_TYPE_TO_CLASS[name]
-        options = {"logging_dir": directory} if cls.requires_logging_directory else {}
-        tracker = cls(directory.name, **options)
-        tracker.store_init_configuration(_flat(config))
-        trackers.append(lambda values, step, t=tracker: t.log(values, step=step))
-    return trackers
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, bool)) else str(value)
-    return flat
 
 
 def _duration(seconds: float) -> str:
