@@ -209,6 +209,7 @@ def evaluate(
     num_fewshot: int | None = None,
     batch_size: int | Literal["auto"] | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    trust_remote_code: bool = False,
     out: PathLike | None = None,
 ) -> Scored:
     """Score a run's final model, or any model, with lm-eval, as `fedex-scale evaluate` does.
@@ -222,6 +223,8 @@ def evaluate(
         num_fewshot: examples in a stock task's prompt; none: as the task has it.
         batch_size: prompts at once; none: the run's own, or 16.
         dtype: to compute in; none: the run's own, or what is fast.
+        trust_remote_code: run Python code that comes with the model, which a run's own config
+            cannot ask for.
         out: directory to make; none: a new one in the run, or below evaluations/.
 
     Raises:
@@ -242,7 +245,9 @@ def evaluate(
     path = None if adapter is None else Path(adapter)
     distributed.join_group(required=False)
     subject = distributed.together(
-        lambda: post_hoc.find_subject(os.fspath(model), path, asked, dtype=dtype)
+        lambda: post_hoc.find_subject(
+            os.fspath(model), path, asked, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     )
     place = Path(out) if out else subject.out
     results = post_hoc.score(subject, place)

@@ -261,6 +261,10 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; none: the run's own, or what is fast.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Directory to make for the results.")] = None,
 ) -> None:
     """Score a run's final model, or any model, with lm-eval, as the run itself did."""
@@ -282,6 +286,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         batch_size=size,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         out=out,
     )
     if distributed.is_main():

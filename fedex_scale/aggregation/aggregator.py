@@ -6,7 +6,9 @@ the base just the rows that it stores; rank 0 writes. One layer's factors are in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import islice
 
@@ -17,7 +19,7 @@ from fedex_scale.aggregation.deviation import Deviation, measure
 from fedex_scale.aggregation.side import Past, grow, split
 from fedex_scale.aggregation.weights import FoldStats, Target, fold
 from fedex_scale.config.federation import AggregateSection, MethodConfig
-from fedex_scale.files.adapters import Adapter, LayerPairs
+from fedex_scale.files.adapters import Adapter, LayerPairs, check_finite, out_of_range
 from fedex_scale.methods.algebra import (
     MAX_RANK,
     Clients,
@@ -143,27 +145,39 @@ def aggregate(
         on_layer: called when a layer is done, for progress.
 
     Raises:
-        UserError: clients that disagree with the server in layers or shapes, or are not finite.
+        UserError: clients that disagree with the server in layers or shapes, or are not finite; a
+            result that is not.
     """
     check_clients(round)
     report, stats, crossed = AggregateReport(), {}, {}
     for layer in round.layers:
-        target = targets[layer]
-        update, clients, previous = update_of(round, method, layer, target.device, seed(layer))
-        sinks.adapter(layer, update.pair)
-        _send_corrections(layer, update, clients, sinks)
-        if sinks.deviation is not None:
-            few = not is_streamed(len(clients.pairs), round.rank)
-            sinks.deviation(layer, measure(clients, previous) if few else None)
-        past = round.past(layer, target.device) if round.past else None
-        found, rest, crossed[layer] = _place(
-            layer, update, clients, past, round, section, sinks, side_dtype
-        )
-        stats[layer] = fold(target, rest, carry=section.fold != "round")
+        with _in_range(layer):
+            target = targets[layer]
+            update, clients, previous = update_of(round, method, layer, target.device, seed(layer))
+            check_finite(layer, update.pair)
+            sinks.adapter(layer, update.pair)
+            _send_corrections(layer, update, clients, sinks)
+            if sinks.deviation is not None:
+                few = not is_streamed(len(clients.pairs), round.rank)
+                sinks.deviation(layer, measure(clients, previous) if few else None)
+            past = round.past(layer, target.device) if round.past else None
+            found, rest, crossed[layer] = _place(
+                layer, update, clients, past, round, section, sinks, side_dtype
+            )
+            stats[layer] = fold(target, rest, carry=section.fold != "round")
         report.layers.append(found)
         on_layer(layer)
     _add_stats(report, targets, stats, crossed)
     return report
+
+
+@contextmanager
+def _in_range(layer: str) -> Iterator[None]:
+    """Turn what a decomposition says of a matrix that is not finite into a UserError."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:
+        raise out_of_range(layer) from None
 
 
 def _place(
@@ -278,7 +292,9 @@ def _add_stats(
     for i, layer in enumerate(report.layers):
         of_all = FoldStats(*islice(sums, len(fields(FoldStats))))
         report.base_changed |= of_all.intended > 0 and targets[layer.layer].writable
-        report.layers[i] = layer.folded(of_all, crossed[layer.layer])
+        report.layers[i] = found = layer.folded(of_all, crossed[layer.layer])
+        if not all(math.isfinite(x) for x in astuple(found) if isinstance(x, float)):
+            raise out_of_range(layer.layer)
 
 
 def check_clients(round: Round) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from fedex_scale.engine.build import Engine, Source, is_conv1d, read_base_weight
 from fedex_scale.federation.history import History
 from fedex_scale.federation.server import show
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.adapters import Adapter, AdapterWriter, write_joined
+from fedex_scale.files.adapters import Adapter, AdapterWriter, out_of_range, write_joined
 from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import LowRank, Pair, compress, norm, stack
@@ -177,7 +178,8 @@ def export_run(
         dtype: float32 or bfloat16, of a merged model; None: the base's own.
 
     Raises:
-        UserError: not a run, unfinished, or with a round whose residual was not kept.
+        UserError: not a run, unfinished, with a round whose residual was not kept, or with numbers
+            that are not finite.
     """
     if merged and rank is not None:
         raise UserError("export: --rank is for an adapter; leave it out with --merged")
@@ -230,9 +232,9 @@ def _export_adapter(
         for layer in shapes:
             joined = _sum_of(parts, layer)
             if rank is not None:
-                joined, rest = compress(joined, rank)
-                lost += norm(rest) ** 2
-                total += norm(joined) ** 2 + norm(rest) ** 2
+                joined, missed, kept = _compressed(layer, joined, rank)
+                lost += missed**2
+                total += missed**2 + kept**2
             writer.write_sum(layer, [joined])
             on_layer(layer)
     return Exported(rounds=rounds, rank=written, error=(lost / total) ** 0.5 if lost else 0.0)
@@ -268,6 +270,8 @@ def _export_merged(
                 transposed=transposed,
             )
             stats = fold(target, [_sum_of(parts, layer)], carry=False)
+            if not math.isfinite(stats.intended + stats.missed):
+                raise out_of_range(layer)
             intended, missed = intended + stats.intended, missed + stats.missed
             on_layer(layer)
         writer.finish()
@@ -275,8 +279,31 @@ def _export_merged(
 
 
 def _sum_of(parts: list[Adapter], layer: str) -> LowRank:
+    """Return what all parts do to a layer.
+
+    Raises:
+        UserError: a number that is not finite.
+    """
     pairs = [(part.pair(layer).float(), part.scaling_of(layer)) for part in parts]
+    for part, (pair, _) in zip(parts, pairs, strict=True):
+        if not all(factor.isfinite().all() for factor in pair):
+            raise UserError(
+                f"{part.path}, layer {layer}: expected finite numbers, got NaN or Inf; "
+                "restore this file of the run, or resume the run from an earlier round"
+            )
     return stack(*(LowRank(pair.B_OR * scaling, pair.A_RI) for pair, scaling in pairs))
+
+
+def _compressed(layer: str, whole: LowRank, rank: int) -> tuple[LowRank, float, float]:
+    """Return the best part of a rank, the norm of what it misses, and its own."""
+    try:
+        best, rest = compress(whole, rank)
+        missed, kept = norm(rest), norm(best)
+    except torch.linalg.LinAlgError:  # of a matrix that is not finite
+        raise out_of_range(layer) from None
+    if not math.isfinite(missed + kept):
+        raise out_of_range(layer)
+    return best, missed, kept
 
 
 def _weight_of(base: BaseFiles, layer: str) -> str:

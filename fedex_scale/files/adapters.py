@@ -208,6 +208,8 @@ class AdapterWriter:
         self._writer = SafetensorsWriter(directory / WEIGHTS_FILE, specs)
 
     def write(self, layer: str, pair: Pair) -> None:
+        """Write a layer's factors, or raise a UserError where one is not finite."""
+        check_finite(layer, pair)
         self._writer.write(_key(layer, "A"), pair.A_RI)
         self._writer.write(_key(layer, "B"), pair.B_OR)
 
@@ -325,6 +327,19 @@ def write_joined(
         for layer in first.layers:
             pairs = [(x.pair(layer).float(), x.scaling_of(layer)) for x in adapters]
             writer.write_sum(layer, [LowRank(pair.B_OR * s, pair.A_RI) for pair, s in pairs])
+
+
+def check_finite(layer: str, pair: Pair) -> None:
+    """Raise a UserError for a result beyond the range of its numbers."""
+    if not all(factor.isfinite().all() for factor in pair):
+        raise out_of_range(layer)
+
+
+def out_of_range(layer: str) -> UserError:
+    return UserError(
+        f"layer {layer}: expected finite numbers, got NaN or Inf in the result, whose numbers are "
+        "beyond float32's range; leave out the adapters with the largest numbers"
+    )
 
 
 def target_suffixes(layers: Mapping[str, object] | Sequence[str]) -> list[str]:

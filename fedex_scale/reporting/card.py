@@ -13,6 +13,7 @@ from fedex_scale.data.prompts import SCHEMAS
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import record
+from fedex_scale.runtime.outputs import write_file
 
 CARD_FILE = "README.md"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -72,7 +73,7 @@ def write(run: RunDir) -> Path:
         keep_trailing_newline=True,
     )
     path = run.final / CARD_FILE
-    path.write_text(pages.get_template("card.md.j2").render(fields), encoding="utf-8")
+    write_file(path, pages.get_template("card.md.j2").render(fields))
     return path
 
 

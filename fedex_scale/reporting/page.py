@@ -13,6 +13,7 @@ from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import costs, deviations, record, settings, tables, training, words
 from fedex_scale.reporting.chart import Chart, Record
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import write_file
 
 Draw = Callable[[Record, Sequence[Record]], Chart | None]
 Group = dict[str, list]
@@ -36,7 +37,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         sections = _sections(records, out / FIGURES)
-        (out / PAGE).write_text(_render(records, sections), encoding="utf-8")
+        write_file(out / PAGE, _render(records, sections))
     except OSError as error:
         raise UserError(
             f"--out: cannot write to {out} ({error.strerror}); choose another directory"

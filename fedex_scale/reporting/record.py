@@ -22,6 +22,7 @@ from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.runtime.errors import UserError, reading
+from fedex_scale.runtime.outputs import write_file
 
 FORMAT = 1
 REPORT_FILE = "report.json"
@@ -42,9 +43,7 @@ def facts(**known: Any) -> dict[str, Any]:
 def write(run: RunDir, known: Mapping[str, Any]) -> None:
     """Write the run's report.json."""
     text = json.dumps(gather(run, known), indent=1) + "\n"
-    scratch = run.path / f".{REPORT_FILE}"
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(run.path / REPORT_FILE)
+    write_file(run.path / REPORT_FILE, text)
 
 
 def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

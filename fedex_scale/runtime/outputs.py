@@ -1,8 +1,9 @@
-"""Output directories that are there whole or not at all."""
+"""Output files and directories that are there whole or not at all; no link is followed."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -22,6 +23,28 @@ def check_out(out: Path, *, apart_from: Path | None = None) -> None:
         raise UserError(
             f"{out}: lies inside {apart_from}, which must stay as it is; choose another"
         )
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Write a file whole, text as UTF-8; what lay there, such as a link, is replaced."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with scratch.open("xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def make_inside(folder: Path) -> None:
+    """Make a directory that files are written to, if it is not there.
+
+    Raises:
+        UserError: it is a link, and what it leads to is not this directory's to change.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder}: expected a directory, got a link to another; delete the link")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

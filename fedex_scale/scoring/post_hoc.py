@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import check_out
 from fedex_scale.scoring import evaluation
+
+log = logging.getLogger(__name__)
 
 PAPER_SCORES = Path(__file__).with_name("paper_scores.yaml")
 
@@ -49,7 +52,12 @@ class Subject:
 
 
 def find_subject(
-    name: str, adapter: Path | None, asked: Mapping[str, Any], *, dtype: str | None = None
+    name: str,
+    adapter: Path | None,
+    asked: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Return what to score: a run's final model, or a model with or without an adapter.
 
@@ -58,6 +66,8 @@ def find_subject(
         adapter: in place of the run's final adapter.
         asked: values of `evaluation` to use; of a run, the others are the run's own.
         dtype: to compute in; none: the run's own, or as `model.dtype: auto` chooses.
+        trust_remote_code: run Python code that comes with the model. A run's own config cannot
+            ask for it: whoever made the run is not who scores it.
 
     Raises:
         UserError: an unfinished run, one without its changed base, or an adapter for another base.
@@ -68,6 +78,7 @@ def find_subject(
         model, out = ModelSection(path=name), Path("evaluations") / Path(name).name
         section = EvaluationSection(**asked)
         subject = Subject(model=model, adapter=adapter, section=section, out=out)
+    subject = dataclasses.replace(subject, model=_trusting(subject.model, name, trust_remote_code))
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype}")
@@ -153,6 +164,17 @@ def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subj
         out=run.path / "evaluations" / "scored",
         known_as=(config.model.path, config.method.name),
     )
+
+
+def _trusting(model: ModelSection, name: str, trusted: bool) -> ModelSection:
+    """Return the model with the caller's word on its code, in place of the config's."""
+    if model.trust_remote_code and not trusted and distributed.is_main():
+        log.warning(
+            "%s: model.trust_remote_code of its config.yaml is ignored; pass --trust-remote-code "
+            "to run Python code that comes with the model",
+            name,
+        )
+    return replace(model, trust_remote_code=trusted)
 
 
 def _check_adapter(path: Path, model: ModelSection) -> None:

@@ -1,6 +1,6 @@
 """One rank that scores a real engine's model, and writes down what came out.
 
-    torchrun --nproc-per-node 2 evaluation_worker.py MODEL DEEPSPEED_JSON|none DATA_DIR OUT
+torchrun --nproc-per-node 2 evaluation_worker.py MODEL DEEPSPEED_JSON|none DATA_DIR OUT
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Eight rounds of given clients on a real engine; started once a rank by test_rounds_on_ranks.py.
 
-    rounds_worker.py MODEL OUT OVERRIDE...
+rounds_worker.py MODEL OUT OVERRIDE...
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ MB = 1e6
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tiny_llama: Path, tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(tiny_llama: Path, tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sound models, one of 200 MB, one that lacks a weight, and one with a wrong shape."""
     folder = tmp_path_factory.mktemp("models")
     for name, source in (("llama", tiny_llama), ("gpt2", tiny_gpt2)):

@@ -156,6 +156,31 @@ def test_options_that_cannot_be_used(options, parts, tiny_llama, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--assign", "keep"),
+        ("--assign", "reinit"),
+        ("--assign", "svd"),
+        ("--svd-rank", "2"),
+        ("--side-rank", "1"),
+        ("--fold", "round"),
+        ("--fold", "round", "--dtype", "float32"),
+        ("--fold", "carry", "--method", "flora"),
+        ("--method", "flexlora"),
+        ("--method", "lora_fair"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("number", [3e38, 1e30])
+def test_finite_numbers_whose_result_is_not(number, options, tiny_llama, tmp_path, capsys) -> None:
+    clients = make_clients(tmp_path)
+    for client, sign in zip(clients, (1, -1, 1), strict=True):
+        edit_tensors(client, lambda t, sign=sign: [x.fill_(sign * number) for x in t.values()])
+    assert_finite_or_refused(tiny_llama, tmp_path, capsys, clients, options)
+
+
+@pytest.mark.parametrize(
     ("shapes", "parts"),
     [
         ({"model.layers.7.self_attn.q_proj": (64, 48)}, ["layers.7", "no such weight"]),
@@ -264,3 +289,20 @@ def assert_refused(base, tmp_path, capsys, clients, parts, *options) -> None:
         assert part in error
     assert sizes(base) == before
     assert set(tmp_path.iterdir()) == there
+
+
+def assert_finite_or_refused(base, tmp_path, capsys, clients, options) -> None:
+    """What is written is finite, and what cannot be is refused; nothing is in between."""
+    code = run(*clients, "--base", base, "--out", tmp_path / "out", *options)
+    told = capsys.readouterr().err
+    if code == 0:
+        for file in (tmp_path / "out").rglob("*.safetensors"):
+            assert all(x.isfinite().all() for x in load_file(file).values()), file
+        report = (tmp_path / "out" / "report.json").read_text()
+        assert "NaN" not in report
+        assert "Infinity" not in report
+        return
+    assert code == 2
+    assert "NaN or Inf" in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))

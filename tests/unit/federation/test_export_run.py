@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_export import RANK, assert_same_logits, dense_model, load, logits, two_rounds
 from transformers import AutoModelForCausalLM
 
@@ -109,6 +110,27 @@ def test_a_run_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="finished round"):
         export_run(path, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--rank", 2), ("--merged",), ("--merged", "--dtype", "bfloat16")]
+)
+@pytest.mark.parametrize("number", [math.nan, math.inf, 3e38])
+def test_numbers_that_are_not_finite_never_leave(
+    number: float, options: tuple, tiny_llama: Path, tmp_path: Path, capsys
+) -> None:
+    run = two_rounds(tiny_llama, tmp_path)
+    finish(run, tiny_llama)
+    file = run.directory.adapter(2) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(t for name, t in tensors.items() if "lora_B" in name)[0] = number
+    save_file(tensors, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert export(run.directory.path, "--out", tmp_path / "out", *options) == 2
+    told = capsys.readouterr().err
+    assert "NaN or Inf" in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))
 
 
 def finish(run, base: Path) -> None:

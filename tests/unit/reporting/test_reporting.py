@@ -184,3 +184,35 @@ def test_observations_are_quotients_of_root_mean_squares() -> None:
         "last round over first": pytest.approx(0.5),
     }
     assert deviations.observations({"rounds": []}) == {}
+
+
+def test_a_report_is_never_written_through_a_link(
+    runs: Runs, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    shutil.copytree(runs(tiny_llama), run)
+    precious.write_text("mine")
+    write_report([run], run)
+    names = ["report.html", "report.json", *(f"plots/{x.name}" for x in (run / "plots").iterdir())]
+    facts = json.loads((run / "report.json").read_text())["facts"]
+    for name in (*names, ".report.json"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(precious)
+    record.write(RunDir(run), facts)
+    write_report([run], run)
+    assert precious.read_text() == "mine"
+    assert not any((run / name).is_symlink() for name in names)
+    left = {x.name for x in [*run.iterdir(), *(run / "plots").iterdir()] if x.name[0] == "."}
+    assert left == {".report.json"}, "nothing but the link that was put there"
+
+
+def test_a_directory_of_figures_that_is_a_link_is_refused(
+    runs: Runs, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run, elsewhere = runs(tiny_llama), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plots").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="plots: expected a directory, got a link"):
+        write_report([run], tmp_path / "out")
+    assert not list(elsewhere.iterdir())
