@@ -197,12 +197,16 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
             times = f"{of_fold[0]['fold_s']:.1f}, {of_fold[-1]['fold_s']:.1f}"
             size = f"{of_fold[-1]['bytes'] / 1e6:,.0f}"
             for what in ("kept", "kept_of_all"):
-                values = [f"{100 * r[what]:.2f}" for r in of_fold if r["round"] in shown]
+                values = [_percent(r[what]) for r in of_fold if r["round"] in shown]
                 first = what == "kept"
                 label = [fold, "of the round"] if first else ["", "of all rounds"]
                 body.append([*label, *values, *((times, size) if first else ("", ""))])
         found[f"{title}: kept in the forward pass, bfloat16, %"] = _markdown(head, body)
     return found
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def _markdown(head: Sequence[object], body: Sequence[Sequence[object]]) -> str:
@@ -233,7 +237,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         for panel, (clients, init) in zip(panels.flat, cases, strict=False):
             for fold, color, marker in zip(FOLDS, SERIES, MARKERS, strict=False):
                 line = [
-                    (row["round"], 100 * max(0.0, row["kept_of_all"]))
+                    (row["round"], 100 * (row["kept_of_all"] or 0.0))
                     for row in rows
                     if (row["clients"], row["init"], row.get("fold")) == (clients, init, fold)
                 ]

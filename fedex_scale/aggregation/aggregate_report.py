@@ -95,11 +95,14 @@ class AggregateReport:
 
     @property
     def kept_of_all(self) -> float | None:
-        """Share of the sum of all rounds' residuals that the forward pass sees; None if there is
-        but one round."""
+        """Share of the sum of all rounds' residuals that the forward pass sees, or a bound of it.
+
+        None if there is but one round, or if the bound says nothing: fold: round in bf16.
+        """
         if any(layer.sum_norm is None for layer in self.layers):
             return None
-        return _kept(self.total("unseen_norm"), self.total("sum_norm"))
+        share = _kept(self.total("unseen_norm"), self.total("sum_norm"))
+        return share if share >= 0 else None
 
     @property
     def side_rank(self) -> int:

@@ -60,8 +60,10 @@ def tiles(run: Record) -> list[tuple[str, str]]:
             label = "of the last round's change is what averaging the factors loses"
             shown.append((percent(total["relative"]), label))
         if last["residual_norm"]:
-            of_all = last.get("kept_of_all") or last["kept"]
-            shown.append((percent(of_all), "of all rounds' residuals are in the forward pass"))
+            share, of_what = last.get("kept_of_all"), "all rounds' residuals"
+            if share is None:
+                share, of_what = last["kept"], "the last round's residual"
+            shown.append((percent(share), f"of {of_what} in the forward pass"))
     if run["communication"]:
         own = run["communication"][0]
         shown.append((size(own["up_bytes"]), "sent by a client in a round"))
