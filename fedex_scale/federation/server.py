@@ -184,9 +184,9 @@ def _cap_note(
     needed = rounds * base_update_rank(config.method, num_clients, config.lora.rank)
     shapes = engine.shapes().values()
     column, weights = sum(o + i for o, i in shapes), sum(o * i for o, i in shapes)
-    more = max(0, needed - engine.side_rank)
+    more, lost = max(0, needed - engine.side_rank), 1 - (report.kept_of_all or 0)
     return (
-        f"the side adapter is full at {engine.side_rank} columns: {1 - (report.kept_of_all or 0):.2%} of "
+        f"the side adapter is full at {engine.side_rank} columns: {lost:.2%} of "
         "all rounds' residuals is not seen in the forward pass, and kept by the server; "
         f"aggregate.side_rank={needed} holds {rounds} rounds, for {more * column / weights:.0%} of "
         f"the adapted layers' work and {more * column * engine.dtype.itemsize / 1e6:,.0f} MB more; "
