@@ -145,7 +145,8 @@ def test_a_client_that_cannot_be_used(kind, tiny_llama, tmp_path, capsys, monkey
         (("--weights", "1,nan,2"), ["weights: client 1"]),
         (("--method", "fedx"), ["method.name", "did you mean fedex?"]),
         (("--method", "centralized"), ["one client"]),
-        (("--fold", "sideways"), ["one of side, carry, round"]),
+        (("--fold", "sideways"), ["one of side, planes, carry, round"]),
+        (("--fold", "planes"), ["planes is for runs"]),
         (("--side-rank", "0"), ["side_rank"]),
         (("--dtype", "int8"), ["dtype: expected float32"]),
         (("--assign", "keep", "--fold", "round"), ["assign: keep"]),
@@ -256,7 +257,7 @@ def test_an_interrupted_run_leaves_nothing(number, tiny_llama, tmp_path) -> None
     """The signal comes when the first tensor has been written."""
     clients, out = make_clients(tmp_path), tmp_path / "out"
     program = (
-        "import time; from fedex_scale import offline, cli\n"
+        "import time; from fedex_scale import cli; from fedex_scale.aggregation import offline\n"
         "def wait(task, *rest, **named):\n"
         "    print('writing', flush=True); time.sleep(60)\n"
         "offline.aggregate = wait\n"
