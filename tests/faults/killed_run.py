@@ -23,7 +23,7 @@ MOMENTS = {
         "fedex_scale.aggregation.aggregator.fold",
         "fedex_scale.aggregation.aggregator._read_layer",
     ],
-    "write": ["fedex_scale.tensorfile._write_all"],
+    "write": ["fedex_scale.files.tensorfile._write_all"],
     "checkpoint": [
         "fedex_scale.federation.checkpoint.entry_of",
         "fedex_scale.federation.checkpoint.sync",

@@ -104,8 +104,7 @@ def observe(
     reader: Callable[[Path, Path], None], copy: Path, folder: Path, usual: int = 0
 ) -> tuple[dict, dict]:
     """Return what a reader did to a copy, and what it needed."""
-    import fedex_scale.offline
-
+    import fedex_scale.aggregation.offline
     import fedex_scale.run  # noqa: F401
 
     out = folder / "out"
