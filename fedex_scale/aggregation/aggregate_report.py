@@ -24,8 +24,9 @@ class LayerReport:
     sum_norm: float | None = None
     """Of the sum of all rounds' residuals; None where there is but one round."""
     unseen_norm: float | None = None
-    """Of the part of that sum that the forward pass does not see; where it is not known, as much
-    as it can be at most."""
+    """Of the part of that sum that the forward pass does not see."""
+    unseen_is_bound: bool = False
+    """It is not known: as much as it can be at most."""
     side_rank: int = 0
     """Columns of the side adapter."""
     side_starts: bool = False
@@ -73,7 +74,7 @@ class LayerReport:
         unseen = layer.unseen_norm + layer.missed_norm
         if stats.carried:
             unseen = math.sqrt(stats.unseen)
-        return replace(layer, unseen_norm=unseen)
+        return replace(layer, unseen_norm=unseen, unseen_is_bound=not stats.carried)
 
 
 @dataclass(kw_only=True)
@@ -102,7 +103,8 @@ class AggregateReport:
         if any(layer.sum_norm is None for layer in self.layers):
             return None
         share = _kept(self.total("unseen_norm"), self.total("sum_norm"))
-        return share if share >= 0 else None
+        says_nothing = share < 0 and any(layer.unseen_is_bound for layer in self.layers)
+        return None if says_nothing else share
 
     @property
     def side_rank(self) -> int:

@@ -32,8 +32,9 @@ from fedex_scale.methods.algebra import (
     truncate,
 )
 
-DECAYS = 0.75
-"""Columns that a residual needs, of those it has, from which on the sum is not tried to shrink."""
+WORTH_A_TRY = 0.01
+"""Tolerance from which on the sum is tried to shrink. Below it needs nearly all columns, and trying
+would cost more from round to round."""
 
 
 class Past(NamedTuple):
@@ -96,24 +97,17 @@ def grow(
         dtype: in which the forward pass holds them.
     """
     if not isinstance(update, Sequence):
-        return _best_of_many(update, past, max_rank, dtype)
+        return _best_of_many(update, past, max_rank, tolerance, dtype)
     new = stack(*update)
     new_norm = norm(new)
     if new_norm == 0:
-        nothing = LowRank(new.U_OP[:, :0], new.V_PI[:0])
-        return Growth(
-            part=nothing,
-            whole=False,
-            missed_norm=0.0,
-            sum_norm=past.sum_norm,
-            unseen_norm=past.unseen_norm,
-        )
+        return _unchanged(new, past)
     needed = truncate(new, tolerance * new_norm)
     rank = needed.V_PI.shape[0]
     appended = None
     if past.num_columns + rank <= max_rank:
         appended = _appended(new, round_factors(needed, dtype), past)
-        if not past.seen or rank > DECAYS * new.V_PI.shape[0]:
+        if not past.seen or tolerance < WORTH_A_TRY:
             return appended
     exact = stack(*past.residuals, new)
     best = truncate(exact, tolerance * new_norm)
@@ -125,6 +119,17 @@ def grow(
     if appended and replaced.missed_norm > 2 * appended.missed_norm:
         return appended
     return replaced
+
+
+def _unchanged(new: LowRank, past: Past) -> Growth:
+    nothing = LowRank(new.U_OP[:, :0], new.V_PI[:0])
+    return Growth(
+        part=nothing,
+        whole=False,
+        missed_norm=0.0,
+        sum_norm=past.sum_norm,
+        unseen_norm=past.unseen_norm,
+    )
 
 
 def _appended(new: LowRank, part: LowRank, past: Past) -> Growth:
@@ -155,11 +160,15 @@ def _replaced(exact: LowRank, new: LowRank, part: LowRank, past: Past, *, capped
 
 
 def _best_of_many(
-    update: Iterable[LowRank], past: Past, max_rank: int, dtype: torch.dtype
+    update: Iterable[LowRank], past: Past, max_rank: int, tolerance: float, dtype: torch.dtype
 ) -> Growth:
     """Take a nearly best part of all rounds' pieces, a few of which are in memory at a time."""
+    new_norm = norm_of_sum(update)
+    if new_norm == 0:
+        return _unchanged(next(iter(update)), past)
     exact = Pieces(lambda: chain(past.residuals, update))
-    part = round_factors(compress_pieces(exact, max_rank, nearly=True)[0], dtype)
+    best = truncate(compress_pieces(exact, max_rank, nearly=True)[0], tolerance * new_norm)
+    part = round_factors(best, dtype)
     change = [*past.seen, _minus(part)]
     return Growth(
         part=part,
@@ -167,7 +176,7 @@ def _best_of_many(
         missed_norm=norm_of_sum(Pieces(lambda: chain(update, change))),
         sum_norm=norm_of_sum(exact),
         unseen_norm=norm_of_sum(Pieces(lambda: chain(exact, [_minus(part)]))),
-        capped=True,
+        capped=part.V_PI.shape[0] == max_rank,
     )
 
 

@@ -64,7 +64,8 @@ class History:
                 pair = adapter.pair(layer)
                 yield LowRank(pair.B_OR.to(device), pair.A_RI.to(device))
             elif self._again is not None:
-                yield from self._again(number, layer)
+                for piece in self._again(number, layer):
+                    yield LowRank(*(factor.to(device) for factor in piece))
 
     def _parts(self, layer: str) -> list[LowRank]:
         """Return what the rounds gave the side adapter since it began, in their order."""

@@ -155,14 +155,14 @@ class Side:
 
     def note(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
         """Return what the rounds cost in columns, and what a cap keeps out; None without a side."""
-        if not self.most or self.rounds == 1:
+        held = self.most // self.each if self.most else 0
+        if not self.most or (self.rounds == 1 and held):
             return None
         columns, weights = (sum(f(*x) for x in shapes.values()) for f in (add, mul))
         line = (
             f"the side adapter grows to {self.trained} columns in the last round's training, "
             f"{self.trained * columns / weights:.0%} more work in the adapted layers"
         )
-        held = self.most // self.each
         if held < self.rounds:
             line += (
                 f"; its {self.most} columns hold {held} of {self.rounds} rounds whole, and later "
