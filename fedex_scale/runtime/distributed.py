@@ -31,13 +31,16 @@ def join_group(*, required: bool) -> None:
     """
     expected = max(int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES)
     if not dist.is_initialized() and (required or expected > 1):
-        if "RANK" not in os.environ:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(free_port()))
+        alone = "RANK" not in os.environ
+        if alone:  # DeepSpeed asks for all five
+            one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(one, MASTER_PORT=str(free_port()))
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # One process meets nobody: a store of its own takes no port that another may have taken.
+        meet = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **meet)
     if world_size() != expected:
         raise UserError(
             f"launcher: expected {expected} processes in one group, got {world_size()}; "
