@@ -165,6 +165,9 @@ class EngineSection(Section, title="engine"):
     JSON; none: plain PyTorch."""
     nvme_path: str | None = None
     """Directory on a local NVMe, for zero3_nvme."""
+    fused_lora: bool = True
+    """Train each adapted layer as one function, with fewer and larger operations; false: as PEFT
+    does. Layers that are packed (nf4, int8) or GPT-2's always train as PEFT does."""
 
     def problems(self) -> Iterator[str]:
         try:

@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, Optimizer
 from fedex_scale.engine import lora_model, models
-from fedex_scale.engine.ds_config import read_ds_config
+from fedex_scale.engine.ds_config import read_ds_config, zero_stage
+from fedex_scale.engine.fused import FusedLinear, stacks_held
 from fedex_scale.engine.loading import load_base
 from fedex_scale.engine.lora_model import CLIENT, SIDE
 from fedex_scale.engine.parameters import (
@@ -93,9 +94,11 @@ def build_engine(
     base = load_base(model, dtype, device, ds_config)
     if ds_config is None and model.quantization == "none":
         base.to(device)
-    peft_model = lora_model.add_adapters(base, lora, trains=trains)
+    peft_model = lora_model.add_adapters(base, lora, trains=trains, fused=section.fused_lora)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    fused_shards = section.fused_lora and zero_stage(section) == 3
+    if model.gradient_checkpointing or fused_shards:
         base.enable_input_require_grads()
     trainable = [p for p in peft_model.parameters() if p.requires_grad]
     inner = _optimizer(optimizer, trainable, weight_decay)
@@ -103,6 +106,10 @@ def build_engine(
     if ds_config is not None:
         import deepspeed
 
+        if fused_shards:
+            # One function needs all of a layer's parameters at once. (DeepSpeed would take the
+            # gradients of a leaf whose input needs none before they are there.)
+            deepspeed.utils.set_z3_leaf_modules(peft_model, [FusedLinear])
         ds_engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
         )
@@ -165,18 +172,21 @@ def train_step(
         group["lr"] = lr
     engine.model.train()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for i, batch in enumerate(micro_batches):
-        batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
-        ds = engine.deepspeed
-        if ds is not None:
-            ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-        loss = (ds or engine.model)(**batch, use_cache=False, num_items_in_batch=tokens).loss
-        total += loss.detach()
-        if ds is not None:
-            # DeepSpeed averages gradients over ranks; the loss is already a share of the sum.
-            ds.backward(loss * distributed.world_size(), scale_wrt_gas=False)
-        else:
-            loss.backward()
+    ds = engine.deepspeed
+    # A shard's layer is whole for a moment only, and stacks its factors anew.
+    held = [] if _is_sharded(engine) else engine.layers.values()
+    with stacks_held(held, engine.dtype):
+        for i, batch in enumerate(micro_batches):
+            batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+            if ds is not None:
+                ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            loss = (ds or engine.model)(**batch, use_cache=False, num_items_in_batch=tokens).loss
+            total += loss.detach()
+            if ds is not None:
+                # DeepSpeed averages gradients over ranks; the loss is already a share of the sum.
+                ds.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+            else:
+                loss.backward()
     if engine.deepspeed is not None:
         engine.deepspeed.step()
     else:
@@ -330,5 +340,9 @@ def _plain_step(engine: Engine) -> None:
 
 def _release(engine: Engine) -> None:
     """Under ZeRO-3, drop gathered copies, so that a shard is the only place to write to."""
-    if engine.deepspeed is not None and engine.deepspeed.zero_optimization_partition_weights():
+    if _is_sharded(engine):
         engine.deepspeed.empty_partition_cache()
+
+
+def _is_sharded(engine: Engine) -> bool:
+    return engine.deepspeed is not None and engine.deepspeed.zero_optimization_partition_weights()

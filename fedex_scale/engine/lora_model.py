@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedex_scale.config.learning import LoraSection
+from fedex_scale.engine.fused import fuse
 from fedex_scale.engine.head import compute_loss_in_pieces
 from fedex_scale.runtime.errors import UserError
 
@@ -20,13 +21,19 @@ CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
 
 
 def add_adapters(
-    model: PreTrainedModel, lora: LoraSection, *, trains: frozenset[str], side_rank: int = 1
+    model: PreTrainedModel,
+    lora: LoraSection,
+    *,
+    trains: frozenset[str],
+    side_rank: int = 1,
+    fused: bool = True,
 ) -> PeftModel:
     """Wrap the model with the client adapter and the frozen side adapter.
 
     Args:
         trains: which factors train, a subset of {"A", "B"}.
         side_rank: columns of the side adapter to begin with; it grows as residuals come.
+        fused: a layer's products are one function in training, where they can be.
 
     Raises:
         UserError: the target modules match nothing, or experts that share a tensor.
@@ -63,6 +70,8 @@ def add_adapters(
                 "[q_proj, k_proj, v_proj, o_proj]"
             )
         _train_as_the_base(layer, model.dtype)
+        if fused:
+            fuse(layer, CLIENT)
     activate(peft_model, [CLIENT], trains=trains)
     compute_loss_in_pieces(model)
     return peft_model

@@ -217,6 +217,7 @@ class _Sizes:
             trains=method.trains,
             side_rank=self.side.trained,
             has_planes=config.aggregate.fold == "planes" and self.side.each > 0,
+            fused=config.engine.fused_lora,
         )
         self.weights = footprint.count_weights(self._model)
         self._works: dict[tuple, Work] = {}

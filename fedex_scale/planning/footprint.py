@@ -75,12 +75,14 @@ def shape_model(
     trains: frozenset[str],
     side_rank: int,
     has_planes: bool = False,
+    fused: bool = True,
 ) -> PeftModel:
     """Return the adapted model on the meta device, as clients train on it in the last round.
 
     Args:
         side_rank: columns of the side adapter, 0 for none.
         has_planes: every layer has a second matrix instead.
+        fused: adapted layers are one function each.
 
     Raises:
         UserError: its config cannot be had or read, or describes no model.
@@ -100,7 +102,9 @@ def shape_model(
             f"model: no model can be made of {section.path}'s config: {reason}"
         ) from None
     base.requires_grad_(False)
-    model = lora_model.add_adapters(base, lora, trains=trains, side_rank=max(1, side_rank))
+    rank = max(1, side_rank)
+    with torch.device("meta"):  # PEFT would put the first adapter on the CPU
+        model = lora_model.add_adapters(base, lora, trains=trains, side_rank=rank, fused=fused)
     if has_planes:
         for layer in lora_model.lora_layers(model).values():
             lora_model.make_plane(layer)
@@ -200,6 +204,9 @@ def _fused_attention() -> Iterator[None]:
         yield
 
 
+_FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+
+
 class _Counter(TorchDispatchMode):
     """Counts the bytes of live tensors, and the operations' work."""
 
@@ -214,7 +221,7 @@ class _Counter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # whether a mask is all ones: it is
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         for tensor in tree_iter(out):

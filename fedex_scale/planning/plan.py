@@ -148,6 +148,9 @@ def _weights(
     away = _device(zero, "offload_param")
     if not sharded:
         needs.insert(0, Need(name="base", gpu=base))
+        if config.engine.fused_lora and config.model.quantization == "none":
+            low_rank = weights.client + (config.aggregate.fold != "planes") * weights.side
+            needs.append(Need(name="stacked adapters", gpu=dtype.itemsize * low_rank))
         if not machine.is_cpu:
             needs.append(Need(name="base while it loads", host=base * ranks))
     else:

@@ -129,7 +129,11 @@ def test_the_side_adapter_is_seen_when_it_is_active_only(tiny_llama: Path) -> No
 def test_adapters_train_in_the_dtype_of_the_base(tiny_llama: Path) -> None:
     """PEFT would make every layer's input float32 for a float32 adapter, and keep it."""
     model = lora_model.add_adapters(
-        load(tiny_llama, torch.bfloat16), LoraSection(rank=3), trains=AB, side_rank=5
+        load(tiny_llama, torch.bfloat16),
+        LoraSection(rank=3),
+        trains=AB,
+        side_rank=5,
+        fused=False,
     ).train()
     lora_model.activate(model, [CLIENT, SIDE], trains=AB)
     seen = set()
