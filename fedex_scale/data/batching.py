@@ -113,19 +113,18 @@ def collate(
         fallback: the example to run with all labels masked where `indices` is empty.
 
     Returns:
-        input_ids, attention_mask and labels.
+        input_ids and labels. No mask of attention: a causal model's tokens do not see the padding
+        behind them, and without a mask none has to be looked at before the step can start.
     """
     chosen = _chosen(examples, indices, fallback)
     shape = len(chosen), max(len(example["input_ids"]) for example in chosen)
     input_ids = torch.full(shape, pad_id)
     labels = torch.full(shape, MASKED)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
     for row, example in enumerate(chosen):
         length = len(example["input_ids"])
         input_ids[row, :length] = torch.tensor(example["input_ids"])
-        attention_mask[row, :length] = 1
         labels[row, :length] = torch.tensor(example["labels"])
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def pack(examples: Examples, indices: Sequence[int], *, fallback: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
 from fedex_scale.engine import lora_model, models
 from fedex_scale.engine.ds_config import read_ds_config, zero_stage
 from fedex_scale.engine.fused import FusedLinear, stacks_held
+from fedex_scale.engine.head import send
 from fedex_scale.engine.loading import load_base
 from fedex_scale.engine.lora_model import CLIENT, SIDE
 from fedex_scale.engine.parameters import (
@@ -151,9 +152,23 @@ def reset_for_client(engine: Engine, source: Source, *, side: bool) -> None:
     step and randomness is seeded by the client (client.py), so nothing else is left to reset.
     """
     set_adapter(engine, source, side=side)
-    # Optimizers initialise a parameter's state at its first step if there is none.
-    engine.optimizer.state.clear()
+    _zero_moments(engine.optimizer)
     (engine.deepspeed or engine).optimizer.zero_grad()
+
+
+def _zero_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Set the optimizer's state to what it was before the first step, where it lies.
+
+    Dropped, it would live on: ZeRO-2 and paged optimizers hold it as well.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name.startswith("qmap"):  # bitsandbytes' table of what its 8 bits mean
+                continue
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, int):
+                state[name] = 0
 
 
 def train_step(
@@ -172,12 +187,13 @@ def train_step(
         group["lr"] = lr
     engine.model.train()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    ds = engine.deepspeed
+    ds, labels_stay = engine.deepspeed, getattr(engine.model.get_base_model(), "labels_stay", False)
     # A shard's layer is whole for a moment only, and stacks its factors anew.
     held = [] if _is_sharded(engine) else engine.layers.values()
     with stacks_held(held, engine.dtype):
         for i, batch in enumerate(micro_batches):
-            batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+            here = ("labels",) if labels_stay else ()
+            batch = {n: x if n in here else send(x, engine.device) for n, x in batch.items()}
             if ds is not None:
                 ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             loss = (ds or engine.model)(**batch, use_cache=False, num_items_in_batch=tokens).loss
@@ -191,7 +207,7 @@ def train_step(
         engine.deepspeed.step()
     else:
         _plain_step(engine)
-    return distributed.sum_over_ranks(float(total))[0]
+    return distributed.summed(total)
 
 
 def is_conv1d(engine: Engine) -> bool:

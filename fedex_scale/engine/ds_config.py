@@ -74,6 +74,8 @@ def read_ds_config(
         "nvme_path": section.nvme_path,
         "buffer_size": -(-largest_weight // distributed.world_size()),
     }
+    # Its timer waits for the device in every micro-batch.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     return _fill_auto(config, values)
 
 

@@ -20,7 +20,9 @@ from fedex_scale.data.batching import MASKED
 
 # Types that were seen to have the loss that is computed here (tests/unit/test_head.py).
 TYPES = ("gemma", "gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-PIECE = 2**25  # numbers of a piece's logits: as fast as all at once, 128 MiB in float32
+# Numbers of a piece's logits: as fast as all at once, 128 MiB in float32; and on a GPU, where a
+# piece of 128 rows would take as long to read the layer's weight as to compute.
+PIECE, GPU_PIECE = 2**25, 2**27
 
 
 def compute_loss_in_pieces(model: PreTrainedModel) -> None:
@@ -48,13 +50,26 @@ def _with_loss_in_pieces(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         hidden = self.get_decoder()(*args, **inputs).last_hidden_state
         following = functional.pad(labels[:, 1:], (0, 1), value=MASKED).flatten()
         trained = (following != MASKED).nonzero().squeeze(1)
-        targets = following[trained].to(hidden.device)
-        head = self.get_output_embeddings()
-        loss = head(hidden.flatten(0, 1)[trained.to(hidden.device)], targets)
+        targets, rows = (send(x, hidden.device) for x in (following[trained], trained))
+        loss = self.get_output_embeddings()(hidden.flatten(0, 1)[rows], targets)
         return CausalLMOutputWithPast(loss=loss / (num_items_in_batch or max(1, len(trained))))
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    # Labels may be on the CPU, so that none has to be waited for to know how many are trained.
+    names = {"labels_stay": True, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), {"forward": forward, **names})
+
+
+def rows_of_a_piece(vocabulary: int, device: str) -> int:
+    """Return of how many tokens logits are there at once, whole tiles of 128 if it can be."""
+    rows = max(1, (PIECE if device == "cpu" else GPU_PIECE) // vocabulary)
+    return rows - rows % 128 if rows >= 128 else rows
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU's tensor on a device, without waiting until it is there."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class _Head(nn.Linear):
@@ -66,7 +81,8 @@ class _Head(nn.Linear):
         # Within the layer's own call, as ZeRO-3 has its weight at hand then and only then.
         if targets is None:
             return super().forward(hidden)
-        return _SumOfLosses.apply(hidden, targets, self.logits, max(1, PIECE // self.out_features))
+        rows = rows_of_a_piece(self.out_features, hidden.device.type)
+        return _SumOfLosses.apply(hidden, targets, self.logits, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = super().forward(hidden)

@@ -58,7 +58,7 @@ def load_base(
         if reason:
             log.info("model: %s; every rank holds it whole while it loads", reason)
             with _transformers_partitions(ds_config):
-                return models.load_model(section, dtype, device)
+                return models.load_model(section, dtype, torch.device("cpu"))
         _read(model, BaseFiles(folder), device, partitioner(ds_config))
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -79,6 +79,8 @@ def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) 
     """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned."""
     config = base_config(section)
     options = {"dtype": dtype, "attn_implementation": attention(section, config), "config": config}
+    if device.type != "cpu":  # straight there, and not by way of every rank's host memory
+        options["device_map"] = {"": device}
     if section.quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=section.quantization == "int8",

@@ -231,6 +231,7 @@ class _Sizes:
                     examples=config.train.micro_batch_size,
                     length=config.data.max_length,
                     checkpointing=config.model.gradient_checkpointing,
+                    device="cpu" if self.machine.is_cpu else "cuda",
                 )
             except RuntimeError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.engine import lora_model, models
-from fedex_scale.engine.head import PIECE
+from fedex_scale.engine.head import rows_of_a_piece
 from fedex_scale.engine.lora_model import CLIENT, SIDE
 from fedex_scale.runtime.errors import UserError
 
@@ -144,11 +144,14 @@ def count_weights(model: PeftModel) -> Weights:
     )
 
 
-def run_shapes(model: PeftModel, *, examples: int, length: int, checkpointing: bool) -> Work:
+def run_shapes(
+    model: PeftModel, *, examples: int, length: int, checkpointing: bool, device: str = "cpu"
+) -> Work:
     """Run a micro-batch forward and backward on shapes, and count.
 
     Args:
         examples: of the micro-batch, each of `length` tokens, without padding.
+        device: the type of what it will run on, such as cuda.
     """
     base = model.get_base_model()
     if checkpointing:
@@ -169,13 +172,13 @@ def run_shapes(model: PeftModel, *, examples: int, length: int, checkpointing: b
     with _fused_attention(), mode:
         output = model(
             input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
             labels=labels,
             use_cache=False,
             num_items_in_batch=examples * length,
         )
         loss, in_pieces = output.loss, output.logits is None
-        numbers = labels.numel() * base.config.get_text_config().vocab_size
+        vocabulary = base.config.get_text_config().vocab_size
+        numbers = labels.numel() * vocabulary
         del output  # the engine lets go of the logits, too
         kept = mode.live_bytes
         loss.backward()
@@ -183,7 +186,8 @@ def run_shapes(model: PeftModel, *, examples: int, length: int, checkpointing: b
         hook.remove()
     model.zero_grad(set_to_none=True)
     # In float32. Of all at once the loss keeps the softmax, of pieces nothing.
-    logits = 4 * (min(numbers, PIECE) if in_pieces else numbers)
+    piece = rows_of_a_piece(vocabulary, device) * vocabulary
+    logits = 4 * (min(numbers, piece) if in_pieces else numbers)
     return Work(
         kept_bytes=kept if in_pieces else max(0, kept - logits),
         logits_bytes=logits if in_pieces else min(kept, logits),

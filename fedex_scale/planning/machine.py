@@ -59,7 +59,9 @@ def this_machine() -> Machine:
     """Return the machine that this runs on; its disks are not looked at."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     count = torch.cuda.device_count()
-    memory = min((torch.cuda.mem_get_info(i)[1] for i in range(count)), default=0)
+    # Not of `mem_get_info`, which would open a context on every GPU.
+    sizes = (torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    memory = min(sizes, default=0)
     return Machine(gpus=ranks, gpu_memory=memory, host_memory=available_ram() or None)
 
 

@@ -151,8 +151,6 @@ def _weights(
         if config.engine.fused_lora and config.model.quantization == "none":
             low_rank = weights.client + (config.aggregate.fold != "planes") * weights.side
             needs.append(Need(name="stacked adapters", gpu=dtype.itemsize * low_rank))
-        if not machine.is_cpu:
-            needs.append(Need(name="base while it loads", host=base * ranks))
     else:
         place = {"cpu": "host", "nvme": "nvme"}.get(away, "gpu")
         needs.insert(0, Need(name="base shard", **{place: base / (ranks if place == "gpu" else 1)}))
@@ -216,7 +214,8 @@ def _training(
     master = 4 * weights.trained
     local = (moments + master) / ranks
     # Reduced gradients, and their float32 copies for the step.
-    gradients = (dtype.itemsize + 4) * weights.trained / ranks
+    sums = (settings or {}).get("data_types", {}).get("grad_accum_dtype")
+    gradients = ((4 if sums == "fp32" else dtype.itemsize) + 4) * weights.trained / ranks
     # Buckets are allocated in full; with overlapping communication there are two in stage 2.
     buckets = zero.get("reduce_bucket_size", 5e8) * dtype.itemsize
     buckets = min(buckets, dtype.itemsize * weights.trained) if stage == 2 else buckets

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fedex_scale.runtime.errors import UserError
 
@@ -29,7 +30,8 @@ def join_group(*, required: bool) -> None:
         UserError: the launcher started more processes than joined, so that each would train
             apart without a word.
     """
-    expected = max(int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES)
+    sizes = [*_SIZE_VARIABLES, *(() if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS",))]
+    expected = max(int(os.environ.get(name) or 1) for name in sizes)
     if not dist.is_initialized() and (required or expected > 1):
         alone = "RANK" not in os.environ
         if alone:  # DeepSpeed asks for all five
@@ -93,10 +95,18 @@ def barrier() -> None:
 
 def sum_over_ranks(*values: float) -> list[float]:
     """Return each value summed over the ranks, in float64."""
+    if world_size() == 1:
+        return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def summed(total: Tensor) -> float:
+    """Return a number summed over the ranks: the one time that a step waits for its device."""
     if world_size() > 1:
         dist.all_reduce(total)
-    return total.tolist()
+    return total.item()
 
 
 def on_main(action: Callable[[], T]) -> T:

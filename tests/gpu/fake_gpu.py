@@ -23,6 +23,7 @@ from fedex_scale.runtime import distributed
 
 _setup_privateuseone_for_python_backend("fakegpu")
 GPU = torch.device("fakegpu", 0)
+WAITS: list[str] = []  # for what the program has waited
 
 
 class _Answers(TorchDispatchMode):
@@ -31,6 +32,7 @@ class _Answers(TorchDispatchMode):
         self.fakes = fakes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        _note_waits(func, args, kwargs or {})
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.nonzero.default:
@@ -41,6 +43,18 @@ class _Answers(TorchDispatchMode):
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fakes.from_tensor(tensor)
+
+
+def _note_waits(func: Callable, args: tuple, kwargs: dict) -> None:
+    aten = torch.ops.aten
+    if func in (aten._local_scalar_dense.default, aten.nonzero.default):
+        if args[0].device == GPU:
+            WAITS.append(str(func))
+    elif func in (aten._to_copy.default, aten.copy_.default):
+        here, there = args[0].device, kwargs.get("device") or args[-1].device
+        waits = not kwargs.get("non_blocking", func is aten.copy_.default and len(args) > 2)
+        if {here, torch.device(there)} == {GPU, torch.device("cpu")} and waits:
+            WAITS.append(f"{func} from {here} to {there}")
 
 
 _read = SafetensorsReader.read

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from fake_gpu import GPU, fake_gpu
+from fake_gpu import GPU, WAITS, fake_gpu
 from server_oracle import RANK, SCALING, SHAPES, make_clients, start
 from tiny import SIZES, save_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -82,15 +82,31 @@ def factors_of(engine: Engine, rank: int) -> dict[str, Pair]:
     }
 
 
-def test_clients_train_on_a_gpu_and_leave_it(config: Path) -> None:
+def four_examples() -> Examples:
     lengths = np.array([9, 7, 5, 8])
-    examples = Examples(
+    return Examples(
         tokens=np.ones(lengths.sum(), dtype=np.int32),
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
         prompt_lengths=lengths // 2,
         rows=np.arange(4),
     )
+
+
+def test_a_step_waits_for_its_loss_and_nothing_else(config: Path) -> None:
+    with fake_gpu(), patch.object(engines, "load_base", new_base):
+        engine, examples = on_gpu(config), four_examples()
+        engines.set_side(engine, factors_of(engine, 6).__getitem__)
+        engines.reset_for_client(engine, factors_of(engine, 3).__getitem__, side=True)
+        batches = [collate(examples, pair, fallback=0, pad_id=0) for pair in ([0, 1], [2, 3])]
+        engines.train_step(engine, batches, tokens=15, lr=1e-3)
+        WAITS.clear()
+        engines.train_step(engine, batches, tokens=15, lr=1e-3)
+        assert WAITS == ["aten._local_scalar_dense.default"]
+
+
+def test_clients_train_on_a_gpu_and_leave_it(config: Path) -> None:
+    examples = four_examples()
     with fake_gpu(), patch.object(engines, "load_base", new_base):
         engine = on_gpu(config)
         server = factors_of(engine, 3)

@@ -80,7 +80,6 @@ def test_shards_cover_a_step_alike(n: int, world_size: int, micro_batch_size: in
 def test_collate_pads_to_the_longest_and_trains_the_end_token(examples: Examples):
     batch = collate(examples, [0, 1], fallback=2, pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9, 9], [3, 4, 9, 5, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, -100, 9, -100, -100], [-100, 4, 9, 5, 9]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
@@ -88,7 +87,6 @@ def test_collate_pads_to_the_longest_and_trains_the_end_token(examples: Examples
 def test_an_empty_micro_batch_is_a_masked_example(examples: Examples):
     batch = collate(examples, [], fallback=2, pad_id=0)
     assert batch["input_ids"].tolist() == [[6, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1]]
     assert (batch["labels"] == MASKED).all()
 
 

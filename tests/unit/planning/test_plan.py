@@ -54,7 +54,6 @@ def test_components_are_those_counted_by_hand(on_80_gb: choice.Plan) -> None:
     assert found["gradients"].gpu == 4 * client
     assert found["optimizer"].gpu == 8 * client
     assert found["client adapters"].disk == 3 * 4 * client
-    assert found["base while it loads"].host == 2 * BASE
     assert on_80_gb.chosen.fits
     assert on_80_gb.steps == 105
 
