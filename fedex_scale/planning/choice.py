@@ -30,6 +30,7 @@ from fedex_scale.planning.plan import PLAIN, Estimate, estimate
 from fedex_scale.rounds import choose_clients
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.tasks.all import kind_without_rows
 
 TITLES = {"gpu": "each GPU", "host": "host RAM", "nvme": "NVMe", "disk": "disk"}
 _GB = 1e9
@@ -99,6 +100,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
             rounds=config.federation.rounds,
             method=config.method,
             initial=sizes.weights.base,
+            head=sizes.weights.head,
         ),
     )
 
@@ -210,6 +212,7 @@ class _Sizes:
         number = 1 if method.one_client else config.partition.num_clients
         self.clients = len(choose_clients(config.federation, number, 0, 1))
         self.side = Side.of(config, self.clients)
+        self.kind = kind_without_rows(config)
         self._model = footprint.shape_model(
             config.model,
             config.lora,
@@ -217,6 +220,7 @@ class _Sizes:
             trains=method.trains,
             side_rank=self.side.trained,
             has_planes=config.aggregate.fold == "planes" and self.side.each > 0,
+            kind=self.kind,
         )
         self.weights = footprint.count_weights(self._model)
         self._works: dict[tuple, Work] = {}
@@ -230,6 +234,7 @@ class _Sizes:
                     examples=config.train.micro_batch_size,
                     length=config.data.max_length,
                     checkpointing=config.model.gradient_checkpointing,
+                    kind=self.kind,
                 )
             except RuntimeError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

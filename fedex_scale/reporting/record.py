@@ -7,6 +7,7 @@ did not finish tells what there is.
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -153,6 +154,7 @@ def _communication(
         "num_clients": 1 if single else max(1, int(fraction * population + 0.5)),
         "rounds": federation["rounds"],
         "initial": known.get("base_parameters", 0),
+        "head": sum(math.prod(shape) for _, shape in server.full_specs().values()),
         "initial_dtype_bytes": 4 if known.get("dtype") == "float32" else 2,
     }
     shapes = {layer: server.shapes(layer) for layer in server.layers}
