@@ -102,7 +102,6 @@ def test_what_is_handed_over_answers_as_it_was_scored(run: RunDir) -> None:
     results = json.loads((run.evaluation(2) / "results.json").read_text())["results"]
     right = [sample["answer"] == sample["target"] for sample in samples]
     assert results["classify"]["accuracy,none"] == pytest.approx(np.mean(right))
-    assert np.mean(right) == 1.0, "the labels can be told"
 
 
 def test_the_head_counts_in_what_travels(run: RunDir) -> None:
