@@ -334,6 +334,8 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=0.0, weight_decay=weight_decay)
     import bitsandbytes
 
     cls = {

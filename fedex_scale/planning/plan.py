@@ -26,7 +26,7 @@ PROCESS_BYTES = 700_000_000
 GPU_BYTES = 1_200_000_000
 # Of a wide PCIe 4.0 link, and of a good NVMe disk.
 LINK_BYTES_S, NVME_BYTES_S = 20e9, 3e9
-_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
 PLACES = ("gpu", "host", "nvme", "disk")
 
 
