@@ -32,7 +32,8 @@ class TaskSection(Section, title="task"):
     head: Names = ()
     """Modules that are trained whole; none: those that the model has beside its base model."""
     test: str | None = None
-    """Rows to score on: a file (images: a folder), or a split of the hub's dataset."""
+    """Rows to score on: a file (images: a folder), also below the data_dir where data.local is read
+    from there, or a split of the hub's dataset."""
     test_examples: Count | None = None
     """Score on the first so many rows only; none: all."""
     holdout: Share = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from datasets import ClassLabel, Dataset
 
 from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
-from fedex_scale.data.sources import choose_rows, read_rows
+from fedex_scale.data.sources import DATA_DIR_VARIABLE, choose_rows, read_rows
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
 
@@ -138,6 +139,9 @@ def _of_test(config: Config) -> Any:
     """Return the data section that names the held-out rows: a file, or a split on the hub."""
     name = str(config.task.test)
     if Path(name).suffix:
+        below = config.data.data_dir or os.environ.get(DATA_DIR_VARIABLE)
+        if below and config.data.local and (Path(below) / name).is_file():
+            name = str(Path(below) / name)
         return replace(config.data, path=name, local=None, data_dir=None)
     return replace(config.data, split=name)
 

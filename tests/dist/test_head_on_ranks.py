@@ -42,7 +42,11 @@ def weights_of(run: Path, number: int) -> dict[str, torch.Tensor]:
 FILE = "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("settings", ["none", "zero2", "zero3"])
+SLOW = pytest.mark.slow
+SETTINGS = [pytest.param("none", marks=SLOW), pytest.param("zero2", marks=SLOW), "zero3"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_ranks_train_one_head(settings: str, alone: tuple[Path, Path]) -> None:
     config, expected = alone
     how = [] if settings == "none" else [f"engine.deepspeed={settings}"]
