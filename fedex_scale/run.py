@@ -28,6 +28,7 @@ from fedex_scale.federation.client import num_steps
 from fedex_scale.federation.export import show_handed_over, write_final
 from fedex_scale.federation.saves import Found, Saver, find
 from fedex_scale.federation.state import ServerState
+from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
@@ -89,6 +90,10 @@ def _run_or_resume(config: Config) -> None:
                 _tell(warning)
             distributed.on_main(lambda: trackers.open(to_dict(config)))
             engine = distributed.together(lambda: engine_for(config, len(clients), task.model))
+            if found.checkpoint is not None:
+                distributed.together(
+                    lambda: check_head(Adapter(run.adapter(0)), engine.whole_shapes())
+                )
             distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
         for note in found.notes:
             _tell(note)
@@ -164,6 +169,23 @@ def engine_for(config: Config, num_clients: int, kind: ModelKind = CAUSAL) -> En
             "aggregate.fold=side, which leaves the base as it is"
         )
     return engine
+
+
+def check_head(begun: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a UserError where a run that is resumed has another head than it was begun with.
+
+    Args:
+        begun: the server's first adapter.
+        shapes: of what is trained whole, by name.
+    """
+    for name, (_, shape) in begun.full_specs().items():
+        found = shapes.get(name.removeprefix("base_model.model."))
+        if found != shape:
+            raise UserError(
+                f"resume: expected the head that the run was begun with, {name} {shape}, got "
+                f"{found or 'none'}; bring the model and the labels back, or choose another "
+                "run.name"
+            )
 
 
 def check_directory(config: Config) -> Found:
