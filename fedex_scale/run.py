@@ -91,9 +91,8 @@ def _run_or_resume(config: Config) -> None:
             distributed.on_main(lambda: trackers.open(to_dict(config)))
             engine = distributed.together(lambda: engine_for(config, len(clients), task.model))
             if found.checkpoint is not None:
-                distributed.together(
-                    lambda: check_head(Adapter(run.adapter(0)), engine.whole_shapes())
-                )
+                begun = Adapter(run.adapter(0))
+                distributed.together(lambda: check_head(begun, engine.whole_shapes()))
             distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
         for note in found.notes:
             _tell(note)

@@ -90,13 +90,15 @@ def load_processor(section: ModelSection, kind: ModelKind) -> Any:
 
 
 def check_kind(section: ModelSection, kind: ModelKind) -> None:
-    """Raise a UserError where no class of this kind can be made of the model."""
+    """Raise a UserError where no class of this kind, or no such head, is there for the model."""
     config = base_config(section)
     if type(config) not in kind.model_class._model_mapping:
         raise UserError(
             f"model.path: {section.path} is of type {config.model_type}, which has no "
             f"{kind.auto.removeprefix('AutoModel')}; choose another model or another task.kind"
         )
+    if kind.head:
+        whole.head_modules(meta_model(section, config, kind), kind)
 
 
 def load_model(

@@ -24,9 +24,10 @@ def told(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> s
         main(["run", "--config", str(config), *overrides])
     assert stopped.value.code == 2
     assert not (config.parent / "runs/bad").exists()
-    lines = [x for x in capsys.readouterr().err.splitlines() if x and "accelerator" not in x]
-    assert len(lines) == 1, lines
-    return lines[0]
+    lines = capsys.readouterr().err.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("error: "))
+    assert len(lines) == begin + 1, lines
+    return lines[begin]
 
 
 def without(key: str) -> list[dict]:
