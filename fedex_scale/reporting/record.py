@@ -24,6 +24,7 @@ from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.runtime.outputs import write_file
+from fedex_scale.runtime.scores import best_round
 
 FORMAT = 1
 REPORT_FILE = "report.json"
@@ -77,7 +78,8 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "config": config,
         "facts": dict(known),
         "partition": _read_json(run.path / "partition.json", "clients"),
-        "scores": _scores(run),
+        "scores": (scores := _scores(run)),
+        "best": _best(scores),
         "steps": _of(events, "step"),
         "clients": _of(events, "client"),
         "failures": _of(events, "failure"),
@@ -137,6 +139,17 @@ def _scores(run: RunDir) -> list[dict[str, Any]]:
                     }
                 )
     return scores
+
+
+def _best(scores: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the best round of each score and its value, where several rounds were scored."""
+    by_round: dict[str, dict[int, float]] = {}
+    for score in scores:
+        if score["round"]:
+            name = f"{score['task']}/{score['metric']}"
+            by_round.setdefault(name, {})[score["round"]] = score["value"]
+    best = {name: best_round(name, own) for name, own in by_round.items() if len(own) > 1}
+    return {name: {"round": k, "value": by_round[name][k]} for name, k in best.items()}
 
 
 def _communication(
