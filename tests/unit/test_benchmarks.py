@@ -138,3 +138,36 @@ def test_a_goal_is_judged_by_the_median() -> None:
     assert Ratio(name="", values=values, at_least=31).goal == "goal >= 31: missed"
     assert Ratio(name="", values=values, at_most=1.02).goal == "goal <= 1.02: missed"
     assert Ratio(name="", values=values).goal == ""
+
+
+def test_differences_over_seeds_are_wider_than_over_examples_alone() -> None:
+    import numpy as np
+    from methods_page import interval, over_seeds
+
+    changes = [np.full(50, change) for change in (-0.2, 0.1, 0.4)]
+    low, high = over_seeds(changes)
+    assert (low, high) == pytest.approx((-0.2, 0.4), abs=0.11)
+    assert interval(changes[0]) == pytest.approx((-0.2, -0.2))
+
+
+def test_a_page_keeps_the_tables_of_which_no_line_is_at_hand() -> None:
+    from methods import Sizes, as_markdown
+    from methods_page import with_kept
+
+    line = {"key": ["here", "shared", 0, "fedit"], "seconds": 1, "verdicts": {"t/x": [1.0]}}
+    old = as_markdown([line | {"key": ["there", "shared", 0, "fedit"]}], Sizes(), "tiny")
+    page = with_kept(as_markdown([line], Sizes(), "tiny"), old)
+    assert page.count("## here") == page.count("## there") == page.count("## Not run here") == 1
+    assert with_kept(as_markdown([line], Sizes(), "tiny"), page) == page
+
+
+def test_a_line_is_compact_and_read_back(tmp_path: Path) -> None:
+    from methods import packed
+    from methods_page import read_rows
+
+    assert packed([1.0, 0.0, 1.0]) == "101"
+    assert packed([0.25, 1 / 3]) == [0.25, 0.3333]
+    line = {"key": [], "seconds": 1, "verdicts": {"a": "101", "b": [0.25]}}
+    (tmp_path / "lines").write_text(json.dumps(line) + "\n")
+    (row,) = read_rows(tmp_path / "lines")
+    assert row["verdicts"] == {"a": [1.0, 0.0, 1.0], "b": [0.25]}
