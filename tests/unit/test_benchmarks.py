@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heads import write_head_config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -171,3 +172,19 @@ def test_a_line_is_compact_and_read_back(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text(json.dumps(line) + "\n")
     (row,) = read_rows(tmp_path / "lines")
     assert row["verdicts"] == {"a": [1.0, 0.0, 1.0], "b": [0.25]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", ["rank", "assignment", "deviation"])
+def test_sweeps_go_on_where_they_were_stopped(sweep: str, tmp_path: Path) -> None:
+    config = write_head_config(tmp_path, train={"local_epochs": 1})
+    lines = tmp_path / "lines.jsonl"
+    where = ("--config", str(config), "--lines", str(lines), "--out", str(tmp_path / "out"))
+    done = run("sweeps", "none", "--sweep", sweep, *where)
+    assert done.returncode == 0, done.stderr
+    measured = lines.read_text()
+    assert len(measured.splitlines()) == (4 if sweep == "rank" else 2)
+    assert "paper" in done.stdout
+    again = run("sweeps", "none", "--sweep", sweep, *where)
+    assert lines.read_text() == measured
+    assert again.stdout == done.stdout
