@@ -68,7 +68,7 @@ def _e2e(data: Path, model: Path, out: Path) -> tuple[str, ...]:
     section = {"kind": "generate", "test": str(data.parent / "testset_w_refs.csv")}
     return (
         f"model.path={model}",
-        f"task={json.dumps(section | {'label_smoothing': 0.1, 'test_examples': 280})}",
+        f"task={json.dumps(section | {'label_smoothing': 0.1, 'test_examples': 40})}",
         f"data.path={data}",
         "data.schema=columns",
         "data.prompt_column=mr",

@@ -1,7 +1,7 @@
 """The paper's three ablations on a small model: rank, assignment, and how far averaging deviates.
 
     .venv/bin/python benchmarks/sweeps.py --sweep rank         # 1 to 32, FedIT beside FedEx
-    .venv/bin/python benchmarks/sweeps.py --sweep assignment   # average and reinit; keep is a base each
+    .venv/bin/python benchmarks/sweeps.py --sweep assignment   # average and reinit
     .venv/bin/python benchmarks/sweeps.py --sweep deviation    # depth, rounds, epochs, Q and V
 
 Runs classification of QNLI by MiniLM-L6 (`kinds.py`), which stands for the paper's RoBERTa; with

@@ -35,7 +35,7 @@ class TaskSection(Section, title="task"):
     """Rows to score on: a file (images: a folder), also below the data_dir where data.local is read
     from there, or a split of the hub's dataset."""
     test_examples: Count | None = None
-    """Score on the first so many rows only; none: all."""
+    """Score on a draw of so many rows only (generate: on the first so many prompts); none: all."""
     holdout: Share = 0.0
     """In place of `test`: the share of the rows that is kept from training and scored on."""
     holdout_by: str | None = None

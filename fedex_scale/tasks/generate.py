@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
 from fedex_scale.config.task import TaskSection
 from fedex_scale.data.batching import MASKED
@@ -34,7 +36,8 @@ def open_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Read and tokenize the rows; held-out rows of one prompt are references of one text."""
     data, section = config.data, config.task
     columns = [str(data.prompt_column), str(data.response_column)]
-    rows, test = reading.read(config, columns)
+    whole = replace(config, task=replace(section, test_examples=None))  # rows of a prompt stay
+    rows, test = reading.read(whole, columns)
     nlg.check_libraries()
     prompt = "{instruction}".join(_escaped(part) for part in section.prompt.split("{}"))
     schema = Schema(*columns, prompt=prompt, convert=" {}".format)
@@ -87,6 +90,7 @@ def _prompts(
     references: dict[str, list[str]] = {}
     for prompt, response in zip(*(rows[column] for column in columns), strict=True):
         references.setdefault(str(prompt), []).append(str(response))
+    references = dict(islice(references.items(), section.test_examples))
     begin = begin_tokens(tokenizer)
     texts = [section.prompt.replace("{}", prompt) for prompt in references]
     tokens = [begin + x for x in tokenizer(texts, add_special_tokens=False)["input_ids"]]

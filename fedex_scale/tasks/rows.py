@@ -45,8 +45,10 @@ def divide(config: Config, source: str, rows: Dataset, test: Dataset | None) -> 
         test = rows.select(np.flatnonzero(held))
         rows = rows.select(np.flatnonzero(~held))
     rows = choose_rows(rows, config.data, derive_seed(seed, "rows"), source)
-    if test is not None and config.task.test_examples is not None:
-        test = test.select(range(min(config.task.test_examples, len(test))))
+    count = config.task.test_examples
+    if test is not None and count is not None and count < len(test):
+        draw = np.random.Generator(np.random.PCG64(derive_seed(seed, "test")))
+        test = test.select(np.sort(draw.choice(len(test), size=count, replace=False)))
     return rows, test
 
 
