@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -28,7 +29,7 @@ from fedex_scale.federation.client import num_steps
 from fedex_scale.federation.export import show_handed_over, write_final
 from fedex_scale.federation.saves import Found, Saver, find
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.adapters import Adapter, base_name
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
@@ -158,7 +159,7 @@ def engine_for(config: Config, num_clients: int, kind: ModelKind = CAUSAL) -> En
         accumulation=max(1, -(-train.batch_size // per_forward)),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        kind=kind,
+        kind=dataclasses.replace(kind, everything=config.method.name == "full"),
     )
     tied = lora_model.tied_layers(engine.model)
     if tied and adds and config.aggregate.fold != "side":
@@ -178,7 +179,7 @@ def check_head(begun: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
         shapes: of what is trained whole, by name.
     """
     for name, (_, shape) in begun.full_specs().items():
-        found = shapes.get(name.removeprefix("base_model.model."))
+        found = shapes.get(base_name(name))
         if found != shape:
             raise UserError(
                 f"resume: expected the head that the run was begun with, {name} {shape}, got "
@@ -299,7 +300,8 @@ def _run(
 
         state = run_rounds(config, engine, clients, run, saver, evaluate=evaluate, log=monitor.log)
         written = write_final(config, engine, run, state)
-        distributed.on_main(lambda: card.write(run))
+        if engine.layers:
+            distributed.on_main(lambda: card.write(run))
         saver.save(replace(saver.place, finished=True))
         keep_record(None)
         monitor.close({"run": run.path, **written})
@@ -311,7 +313,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in engine.model.named_parameters()
     }
-    head = sum(math.prod(shape) for shape in engine.whole_shapes().values())
+    head = sum(math.prod(shape) for shape in engine.whole_shapes().values()) if engine.layers else 0
     return record.facts(
         base_parameters=sum(size for name, size in sizes.items() if ".lora_" not in name) - head,
         head_parameters=head,
@@ -334,11 +336,13 @@ def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:
     ]
     trained = sum(size[factor] for size in sizes for factor in trains)
     head = sum(math.prod(shape) for shape in engine.whole_shapes().values())
-    beside = f" and {head:,} in a head" if head else ""
+    where = f"in {len(engine.layers)} layers" + (f" and {head:,} in a head" if head else "")
+    if not engine.layers:
+        trained, where = head, "in all"
     how = Path(config.engine.deepspeed).stem if config.engine.deepspeed else "plain PyTorch"
     return (
         f"{config.method.name} on {config.model.path}: {len(clients)} clients, "
-        f"{sum(map(len, clients))} examples, {trained:,} trained parameters in "
-        f"{len(engine.layers)} layers{beside}; {str(engine.dtype).removeprefix('torch.')}, {how}, "
+        f"{sum(map(len, clients))} examples, {trained:,} trained parameters "
+        f"{where}; {str(engine.dtype).removeprefix('torch.')}, {how}, "
         f"{distributed.world_size()} x {engine.device.type}"
     )

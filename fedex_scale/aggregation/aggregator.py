@@ -290,6 +290,8 @@ def _add_stats(
     crossed: Mapping[str, tuple[float, float] | None],
 ) -> None:
     """Add what the folds found to the report, summed over the ranks' shards."""
+    if not stats:
+        return
     ranks = distributed.world_size()
     shares = [1 / ranks if targets[layer].is_whole else 1.0 for layer in stats]
     local = [x * share for s, share in zip(stats.values(), shares, strict=True) for x in astuple(s)]

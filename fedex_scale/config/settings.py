@@ -120,6 +120,11 @@ class Config(Section):
             yield "federation.client_fraction: centralized has one client; leave it at 1"
         if self.method.name == "ffa" and self.federation.init == "per_client":
             yield "federation.init: ffa shares one frozen A; use init: shared"
+        if self.method.name == "full" and self.model.quantization != "none":
+            yield (
+                f"model.quantization: full trains every weight, got {self.model.quantization}; use "
+                "none"
+            )
         if self.method.assign == "keep":
             yield (
                 "method.assign: keep gives each client a base of its own, which one engine cannot "

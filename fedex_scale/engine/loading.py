@@ -61,7 +61,7 @@ def load_base(
             log.info("model: %s; every rank holds it whole while it loads", reason)
             with _transformers_partitions(ds_config):
                 return models.load_model(section, dtype, device, kind)
-        heads = whole.head_modules(model, kind)
+        heads = whole.new_modules(model, kind)
         new = _read(model, BaseFiles(folder), device, partitioner(ds_config), heads)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -48,7 +49,9 @@ def add_adapters(
     heads = whole.head_modules(model, kind)
     # With another task_type PEFT would make a second copy of the head.
     apart: dict = {"task_type": kind.task_type}
-    if heads:
+    if kind.everything:
+        targets, apart = DUMMY_TARGET_MODULES, {"task_type": None}
+    elif heads:
         names = "|".join(map(re.escape, heads))
         apart = {"task_type": None, "exclude_modules": rf"({names})(\..*)?"}
     config = LoraConfig(
@@ -79,7 +82,8 @@ def add_adapters(
         _train_as_the_base(layer, model.dtype)
     whole.train_in_float32(model, heads)
     activate(peft_model, [CLIENT], trains=trains, heads=heads)
-    compute_loss_in_pieces(model)
+    if not kind.everything:
+        compute_loss_in_pieces(model)
     return peft_model
 
 

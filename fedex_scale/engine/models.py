@@ -121,7 +121,7 @@ def load_model(
     if kind.has_head:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, found = _load(kind.model_class, section, **options)
-        heads = whole.head_modules(model, kind)
+        heads = whole.new_modules(model, kind)
         new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         whole.check_missing(model, heads, new)
         whole.draw(model, new, kind.seed)

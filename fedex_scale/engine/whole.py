@@ -24,6 +24,13 @@ def head_modules(model: PreTrainedModel, kind: ModelKind) -> tuple[str, ...]:
     Raises:
         UserError: the model has none, or none of a name that the config asks for.
     """
+    if kind.everything:
+        return tuple(name for name, module in model.named_children() if list(module.parameters()))
+    return new_modules(model, kind)
+
+
+def new_modules(model: PreTrainedModel, kind: ModelKind) -> tuple[str, ...]:
+    """Return the names of the modules that a checkpoint may lack: the head's."""
     if not kind.has_head:
         return ()
     modules = dict(model.named_modules())

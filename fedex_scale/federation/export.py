@@ -23,14 +23,24 @@ from fedex_scale.federation.client import adapter_settings
 from fedex_scale.federation.history import History
 from fedex_scale.federation.server import show
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.adapters import Adapter, AdapterWriter, out_of_range, write_joined
-from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
+from fedex_scale.files.adapters import (
+    Adapter,
+    AdapterWriter,
+    base_name,
+    out_of_range,
+    write_joined,
+)
+from fedex_scale.files.basefiles import WEIGHTS_FILE, BaseFiles, BaseWriter, base_directory
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.tensorfile import SafetensorsWriter
 from fedex_scale.methods.algebra import LowRank, Pair, compress, norm, stack
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building, check_out
 from fedex_scale.runtime.phases import phase
+
+# Of a model's directory: what reads its inputs, and how it writes.
+_BESIDE = ("tokenizer", "vocab", "merges", "special_tokens", "preprocessor", "generation", "spiece")
 
 
 class Handed(NamedTuple):
@@ -94,9 +104,13 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
     float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
     their updates there too. It is left out where the clients were too many to keep their residual.
 
+    Without an adapter, final/model is the whole model, in float32.
+
     Returns:
         What was written, by name, to show the user.
     """
+    if not engine.layers:
+        return _write_model(config, engine, run, state)
     written = {"adapter": run.final / "adapter"}
     if distributed.is_main():
         server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
@@ -136,6 +150,28 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
                 settings.save_pretrained(folder)
     distributed.barrier()
     return written
+
+
+def _write_model(
+    config: Config, engine: Engine, run: RunDir, state: ServerState
+) -> dict[str, Path]:
+    """Write the server's weights as a model that transformers loads."""
+    out, model = run.final / "model", engine.model.get_base_model()
+    if distributed.is_main():
+        server = Adapter(run.adapter(state.round))
+        out.mkdir(parents=True)
+        specs = {base_name(name): spec for name, spec in server.full_specs().items()}
+        with SafetensorsWriter(out / WEIGHTS_FILE, specs) as writer:
+            for name in server.full_weights:
+                writer.write_blocks(base_name(name), server.file.blocks(name))
+        model.config.save_pretrained(out)
+        if not config.model.random:
+            base = base_directory(config.model.path, config.model.revision)
+            for file in base.iterdir():
+                if file.name.startswith(_BESIDE) and file.is_file():
+                    shutil.copy(file, out / file.name)
+    distributed.barrier()
+    return {"model": out}
 
 
 def _write_base(config: Config, engine: Engine, out: Path) -> None:
@@ -212,6 +248,11 @@ def export_run(
             "final/adapter, with final/base if there is one"
         )
     parts = [Adapter(run.adapter(last)), *_residuals(run, last)]
+    if not parts[0].layers:
+        raise UserError(
+            f"{directory}: expected a run that trained adapters, got one of method full; "
+            "final/model is the model"
+        )
     check_out(out, apart_from=directory if merged else None)
     if merged:
         return _export_merged(model, parts, out, dtype, last, on_layer)

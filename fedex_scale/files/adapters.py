@@ -55,7 +55,7 @@ class Adapter:
         self.layers = tuple(self._layer_names())
         self.base_copies: dict[str, str] = {}
         self.full_weights = tuple(self._full_weights())
-        if not self.layers:
+        if not (self.layers or self.full_weights):
             raise UserError(
                 f"{self.path}: expected LoRA weights, found none; is it a LoRA adapter?"
             )
@@ -332,6 +332,11 @@ def peft_config(
 def full_specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple]]:
     """Return `AdapterWriter`'s full_weights of weights by their names in the base model."""
     return {f"{_PREFIX}{name}": (torch.float32, shape) for name, shape in shapes.items()}
+
+
+def base_name(name: str) -> str:
+    """Return what the base model calls a weight that an adapter's file holds."""
+    return name.removeprefix(_PREFIX)
 
 
 def write_joined(

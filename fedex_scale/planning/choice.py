@@ -99,8 +99,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
             num_clients=sizes.clients,
             rounds=config.federation.rounds,
             method=config.method,
-            initial=sizes.weights.base,
-            head=sizes.weights.head,
+            initial=sizes.weights.base + sizes.weights.head * sizes.kind.everything,
+            head=sizes.weights.head * (not sizes.kind.everything),
         ),
     )
 
@@ -212,7 +212,8 @@ class _Sizes:
         number = 1 if method.one_client else config.partition.num_clients
         self.clients = len(choose_clients(config.federation, number, 0, 1))
         self.side = Side.of(config, self.clients)
-        self.kind = kind_without_rows(config)
+        kind = kind_without_rows(config)
+        self.kind = dataclasses.replace(kind, everything=config.method.name == "full")
         self._model = footprint.shape_model(
             config.model,
             config.lora,

@@ -129,7 +129,7 @@ def count_weights(model: PeftModel) -> Weights:
             "head" if parameter.requires_grad else "base",
         )
         parts[part] += parameter.numel()
-        if part == "base":
+        if part in ("base", "head"):
             largest = max(largest, parameter.numel())
     layers = lora_model.lora_layers(model)
     head = model.get_base_model().get_output_embeddings()

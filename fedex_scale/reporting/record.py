@@ -7,7 +7,6 @@ did not finish tells what there is.
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -72,7 +71,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
     return {
         "format": FORMAT,
         "name": run.path.resolve().name,
-        "finished": (run.final / "adapter").is_dir(),
+        "finished": any((run.final / name).is_dir() for name in ("adapter", "model")),
         "rounds_done": len(rounds),
         "rounds_planned": planned,
         "config": config,
@@ -167,11 +166,13 @@ def _communication(
         "num_clients": 1 if single else max(1, int(fraction * population + 0.5)),
         "rounds": federation["rounds"],
         "initial": known.get("base_parameters", 0),
-        "head": sum(math.prod(shape) for _, shape in server.full_specs().values()),
+        "head": known.get("head_parameters", 0),
         "initial_dtype_bytes": 4 if known.get("dtype") == "float32" else 2,
     }
     shapes = {layer: server.shapes(layer) for layer in server.layers}
     own = communication.traffic(shapes, method=method, **settings)
+    if own.method == communication.FULL:
+        return [own.as_dict() | {"label": communication.label(own)}]
     settings["num_clients"] = max(1, int(fraction * population + 0.5))
     others = communication.compare(shapes, methods=("fedit", "ffa", "fedex"), **settings)
     rows = [own, *(row for row in others if row != own)]

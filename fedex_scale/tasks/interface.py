@@ -78,6 +78,7 @@ class ModelKind:
         settings: of the model's config, such as its labels.
         has_head: some modules are trained whole beside the adapter.
         head: their names; none: all that the model has beside its base model.
+        everything: the whole model is trained so, and there is no adapter.
         seed: for those that the checkpoint does not have.
     """
 
@@ -87,6 +88,7 @@ class ModelKind:
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_head: bool = False
     head: tuple[str, ...] = ()
+    everything: bool = False
     seed: int = 0
 
     @property

@@ -74,7 +74,7 @@ def test_interrupted_after_every_checkpoint(
     check_interrupted(config, case, CASES[case], monkeypatch)
 
 
-@pytest.mark.parametrize("method", ["fedex", "ffa"])
+@pytest.mark.parametrize("method", ["fedex", "full"])
 def test_a_head_is_resumed_to_the_same_bits(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
