@@ -24,7 +24,7 @@ help:  ## Show this list
 install: .venv/.installed  ## Make .venv with the pinned packages
 .venv/.installed: pyproject.toml constraints.txt | check
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf,tasks]'
 	@touch $@
 
 model: install  ## Bring SmolLM2-135M-Instruct into models/

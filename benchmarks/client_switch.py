@@ -36,6 +36,7 @@ from fedex_scale.federation import client, saves
 from fedex_scale.federation.saves import Saver
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.run import engine_for, make_directory
+from fedex_scale.tasks.instruct import Tokens
 
 LORA = LoraSection(rank=32, alpha=16)
 CLIENTS, STEPS = 6, 3
@@ -86,7 +87,7 @@ def build_anew(model: str, state: dict[str, Tensor]) -> dict[str, float]:
     return {"anew": 1e3 * (built - began), "anew, server's state loaded": 1e3 * (loaded - began)}
 
 
-def measure_switches(config: Config, engine: Engine, clients: list[Examples]) -> dict[str, float]:
+def measure_switches(config: Config, engine: Engine, clients: list[Tokens]) -> dict[str, float]:
     """Do a round of a few short steps; return the milliseconds of a switch, and of its parts."""
     run = RunDir(config.run.path)
     make_directory(config, run, "{}")
@@ -103,7 +104,6 @@ def measure_switches(config: Config, engine: Engine, clients: list[Examples]) ->
             clients,
             run,
             saver,
-            pad_id=0,
             evaluate=lambda round: None,
             log=lambda event, **fields: None,
         )
@@ -127,17 +127,18 @@ def measure_switches(config: Config, engine: Engine, clients: list[Examples]) ->
     }
 
 
-def random_examples(count: int) -> Examples:
+def random_examples(count: int) -> Tokens:
     """Return examples of 8 to 16 random tokens, so that a step is short."""
     draw = np.random.default_rng(0)
     lengths = draw.integers(8, 17, count)
-    return Examples(
+    examples = Examples(
         tokens=draw.integers(3, 300, lengths.sum()).astype(np.int32),
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
         prompt_lengths=lengths // 2,
         rows=np.arange(count),
     )
+    return Tokens(examples, pad_id=0)
 
 
 @contextmanager

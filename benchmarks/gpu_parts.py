@@ -109,7 +109,7 @@ def measure_ours(model: str, deepspeed: str | None, micro: int, checkpointing: b
     batch = {name: value.cpu() for name, value in new_batch(micro).items()}
 
     def step() -> None:
-        train_step(engine, [batch], tokens=micro * LENGTH, lr=1e-4)
+        train_step(engine, [batch], units=micro * LENGTH, lr=1e-4)
 
     if CUDA:
         torch.cuda.reset_peak_memory_stats()

@@ -3,12 +3,14 @@
     .venv/bin/python benchmarks/methods.py [--model DIR] [--minutes 60] [--write] [--quick]
 
 Works through settings, inits, seeds and methods, one cell after another, until the time is over;
-the next call goes on from there. Each cell is one line of OUT/results.jsonl, with the verdict on
-every test example. --write makes docs/results.md of what there is. Settings: generated word
-problems, IID and Dirichlet, 1 and 3 rounds; with FEDEX_SCALE_DATA set, real commonsense rows, IID
-and 1 round. In a single round methods that train both factors train the same clients, so that the
-clients of one run are aggregated by each of them; and the exact methods end in one and the same
-model, whatever they do next with its parts, so that fedex stands for all of them.
+the next call goes on from there, on this machine or another: each cell is one line of
+benchmarks/results.jsonl (or of OUT/results.jsonl, where --out is given), with the verdict on every
+test example. --write makes docs/results.md of what there is; tables of which no line is at hand
+stay as they are. Settings: generated word problems, IID and Dirichlet, 1 and 3 rounds; with
+FEDEX_SCALE_DATA set, real commonsense rows, IID and 1 round, and those of `kinds.py`. In a single
+round methods that train both factors train the same clients, so that the clients of one run are
+aggregated by each of them; and the exact methods end in one and the same model, whatever they do
+next with its parts, so that fedex stands for all of them.
 """
 
 from __future__ import annotations
@@ -24,52 +26,32 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
-import numpy as np
 import yaml
 from common import start
+from kinds import KINDS, overrides_of
+from methods_page import (
+    INITS,
+    METHODS,
+    REFERENCE,
+    Sizes,
+    as_markdown,
+    differences_figure,
+    read_rows,
+    with_kept,
+)
 
 from fedex_scale.data.suites import DEFAULT_DATA_DIR
 from fedex_scale.data.word_problems import generate, write_jsonl
 from fedex_scale.runtime.errors import UserError
-from fedex_scale.scoring.compare import interval, read_verdicts
+from fedex_scale.scoring.compare import read_verdicts
 
 ROOT = Path(__file__).parents[1]
-# By name: the overrides of a run, and the options of `fedex-scale aggregate` where it can do it.
-METHODS: dict[str, tuple[list[str], list[str] | None]] = {
-    "fedit": ([], ["--method", "fedit"]),
-    "fedex": ([], ["--method", "fedex"]),
-    "fedex, svd_rank 16": (["method.svd_rank=16"], ["--method", "fedex", "--svd-rank", "16"]),
-    "fedex, reinit": (["method.assign=reinit"], ["--method", "fedex", "--assign", "reinit"]),
-    "fedex, svd": (["method.assign=svd"], ["--method", "fedex", "--assign", "svd"]),
-    "flora": ([], ["--method", "flora"]),
-    "flexlora": ([], ["--method", "flexlora"]),
-    "lora_fair": ([], ["--method", "lora_fair"]),
-    "ffa": ([], None),
-    "centralized": ([], None),
-}
-REFERENCE = "fedit"
 EXACT = ("fedex, reinit", "fedex, svd", "flora")  # as fedex, as long as there is one round
 ONE_INIT = ("ffa", "centralized")  # a frozen A is shared; a single client has one draw
-INITS, SEEDS = ("shared", "per_client"), (0, 1, 2)
+SEEDS = (0, 1, 2)
 SUITES = "boolq piqa siqa hellaswag winogrande arc_easy arc_challenge openbookqa".split()
 FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Rows to train and to test on; of commonsense, test rows of each suite."""
-
-    train: int = 336
-    heldout: int = 128
-    commonsense: int = 450
-    suite: int = 50
-
-    @property
-    def rows(self) -> dict[int, int]:
-        """Rows of word problems, by rounds: half of them where every round passes over them."""
-        return {1: self.train, 3: self.train // 2}
 
 
 @dataclass(frozen=True)
@@ -77,6 +59,10 @@ class Setting:
     name: str
     rounds: int
     overrides: tuple[str, ...]
+    metric: str = ""
+    """The only score that counts; none: all."""
+    as_run: bool = False
+    """Every method trains for itself, whatever the rounds."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +85,9 @@ def main(args: argparse.Namespace) -> None:
     model = args.model if not Path(args.model).exists() else str(Path(args.model).resolve())
     out.mkdir(parents=True, exist_ok=True)
     settings = make_settings(out, sizes, model)
-    file, minutes = out / "results.jsonl", min(args.minutes, 8) if args.quick else args.minutes
+    given = args.out or args.quick
+    file = out / "results.jsonl" if given else ROOT / "benchmarks" / "results.jsonl"
+    minutes = min(args.minutes, 8) if args.quick else args.minutes
     for group in groups(settings, quick=args.quick):
         done = [row["key"] for row in read_rows(file)]
         for method in group.methods:
@@ -108,12 +96,14 @@ def main(args: argparse.Namespace) -> None:
             print(*group.key(method), sep=", ", flush=True)
             row = measure(group, method, out)
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
+                lines.write(json.dumps(row, separators=(",", ":")) + "\n")
         shutil.rmtree(out / "clients", ignore_errors=True)
-    text = as_markdown(read_rows(file), sizes, model)
+    rows, page = read_rows(file), ROOT / "docs" / "results.md"
+    text = as_markdown(rows, sizes, model)
     print(text)
     if args.write:
-        (ROOT / "docs" / "results.md").write_text(text, encoding="utf-8")
+        differences_figure(rows, ROOT / "docs" / "images" / "methods.png")
+        page.write_text(with_kept(text, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def make_settings(out: Path, sizes: Sizes, model: str) -> list[Setting]:
@@ -157,6 +147,22 @@ def make_settings(out: Path, sizes: Sizes, model: str) -> list[Setting]:
             f"evaluation.tasks={json.dumps(tasks)}",
         )
         settings.insert(1, Setting("commonsense, IID, 1 round", 1, overrides))
+    if sizes == Sizes():
+        settings += other_settings(data_dir, out)
+    return settings
+
+
+def other_settings(data_dir: Path, out: Path) -> list[Setting]:
+    """Return the settings of other kinds that can be run here, and tell why others cannot."""
+    settings = []
+    models = Path(os.environ.get("FEDEX_SCALE_MODELS") or ROOT / "models")
+    for kind in KINDS:
+        try:
+            chosen = overrides_of(kind, data_dir, models, out)
+        except UserError as error:
+            print(f"not run: {error}", file=sys.stderr)
+        else:
+            settings.append(Setting(kind.name, kind.rounds, chosen, kind.metric, as_run=True))
     return settings
 
 
@@ -188,16 +194,22 @@ def measure(group: Group, method: str, out: Path) -> dict:
     """Do one cell and return its line: key, seconds, verdicts by score and example."""
     began = time.monotonic()
     overrides, options = METHODS[method]
-    if group.setting.rounds == 1 and options is not None:
+    if group.setting.rounds == 1 and options is not None and not group.setting.as_run:
         results = aggregate_and_score(group, options, out)
     else:
         results = train(group, [f"method.name={method.split(',')[0]}", *overrides], out / "cell")
-    verdicts = read_verdicts(results)
+    verdicts = {
+        name: values
+        for name, values in read_verdicts(results).items()
+        if name.endswith(f"/{group.setting.metric}") or not group.setting.metric
+    }
+    if not verdicts:
+        raise UserError(f"{group.setting.name}: no {group.setting.metric} of its examples")
     shutil.rmtree(out / "cell", ignore_errors=True)
     return {
         "key": group.key(method),
         "seconds": round(time.monotonic() - began),
-        "verdicts": {score: list(values.values()) for score, values in verdicts.items()},
+        "verdicts": {score: packed(list(values.values())) for score, values in verdicts.items()},
     }
 
 
@@ -238,68 +250,11 @@ def call(*arguments: object) -> None:
         raise UserError(f"fedex-scale {arguments[0]}: {last}")
 
 
-def read_rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
-
-
-def as_markdown(rows: Sequence[dict], sizes: Sizes, model: str) -> str:
-    """Return docs/results.md: a table a setting, with differences to FedIT and their intervals."""
-    lines = [
-        "# Methods beside each other",
-        "",
-        f"{Path(model).name}, rank 32, alpha 16, float32, AdamW, 3 clients, one local epoch a "
-        f"round, batch 8. Word problems: {sizes.rows[1]} generated rows ({sizes.rows[3]} with 3 "
-        f"rounds), learning rate 1e-3, tested on {sizes.heldout} others. Commonsense: "
-        f"{sizes.commonsense} real rows of Commonsense170K (BoolQ, ARC, OpenBookQA), learning "
-        "rate 5e-4, tested on a fixed draw of at most "
-        f"{sizes.suite} rows of each test set at hand; the score is the mean over the sets. "
-        "`shared`: all clients start from one A; `per_client`: from draws of their own, as in "
-        "the paper's public code. After a single round the exact methods (fedex with any "
-        "assignment, flora) hold one and the same model, the base plus the mean of the products: "
-        "fedex stands for them.",
-        "",
-        "Difference: to FedIT from the same start, in points, on the same examples and seeds, with "
-        "a 95% bootstrap interval over examples. An interval that holds 0 is no evidence of a "
-        "difference; with few seeds it says nothing of other seeds either.",
-        "",
-        "Made by `python benchmarks/methods.py --write`, which goes on where it was stopped.",
-    ]
-    for setting in dict.fromkeys(row["key"][0] for row in rows):
-        lines += ["", f"## {setting}", "", "| init | method | score | seeds | difference |"]
-        lines.append("|---|---|---|---|---|")
-        for init in INITS:
-            for method in METHODS:
-                lines += _line(rows, setting, init, method)
-    return "\n".join(lines) + "\n"
-
-
-def _line(rows: Sequence[dict], setting: str, init: str, method: str) -> list[str]:
-    """Return a method's line, or nothing where no seed is there yet."""
-    own = _by_seed(rows, setting, init, method)
-    reference = _by_seed(rows, setting, init, REFERENCE)
-    if not own:
-        return []
-    score = mean(mean(map(mean, verdicts.values())) for verdicts in own.values())
-    both = sorted(own.keys() & reference.keys())
-    shown = ""
-    if method != REFERENCE and both:
-        change = np.concatenate([_values(own[seed]) - _values(reference[seed]) for seed in both])
-        low, high = interval(change)
-        shown = f"{100 * change.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    return [f"| {init} | {method} | {score:.1%} | {len(own)} | {shown} |"]
-
-
-def _by_seed(rows: Sequence[dict], setting: str, init: str, method: str) -> dict[int, dict]:
-    found = (row for row in rows if row["key"][:2] == [setting, init] and row["key"][3] == method)
-    return {row["key"][2]: row["verdicts"] for row in found}
-
-
-def _values(verdicts: dict[str, list[float]]) -> np.ndarray:
-    """Return the verdicts, weighted so that their mean is the mean over the test sets."""
-    total = sum(map(len, verdicts.values()))
-    return np.concatenate(
-        [np.array(x) * total / (len(verdicts) * len(x)) for x in verdicts.values()]
-    )
+def packed(values: Sequence[float]) -> str | list[float]:
+    """Return verdicts as a line holds them: 0 and 1 as a word of digits."""
+    if set(values) <= {0.0, 1.0}:
+        return "".join(str(int(value)) for value in values)
+    return [round(value, 4) for value in values]
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def measure_rank(text: str, folder: str) -> None:
     tokens = torch.randint(5, 200, (setting.examples, setting.length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for _ in range(STEPS):
-        build.train_step(built, [batch], tokens=tokens.numel() * setting.ranks, lr=1e-4)
+        build.train_step(built, [batch], units=tokens.numel() * setting.ranks, lr=1e-4)
     found = {"predicted": predicted, "peak": memory("VmHWM") - before}
     (Path(folder) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.leave(0)

@@ -28,13 +28,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, TrainSection
 from fedex_scale.config.section import replace
+from fedex_scale.data import batching
 from fedex_scale.data.batching import MASKED, Examples, collate, plan_steps
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.lora_model import CLIENT, lora_layers
-from fedex_scale.federation import client
 from fedex_scale.federation.client import train_client
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.tasks.instruct import Tokens
 
 LORA = LoraSection(rank=32, alpha=16)
 TRAIN = TrainSection(batch_size=8, micro_batch_size=4)
@@ -116,17 +117,16 @@ def train_ours(
         clock.tick(fields["tokens"])
         losses.append(fields["loss"])
 
-    with patch.object(client, "collate", collate):
+    with patch.object(batching, "collate", collate):
         train_client(
             engine,
-            examples,
+            Tokens(examples, pad_id=PAD, packing=section.packing),
             lambda layer: begin[layer],
             section,
             seed=SEED,
             round=1,
             client=0,
             side=False,
-            pad_id=PAD,
             on_step=on_step,
         )
     return losses, clock.tokens_per_s()

@@ -21,7 +21,6 @@ from functools import partial
 
 from fedex_scale.config.federation import FederationSection
 from fedex_scale.config.settings import Config
-from fedex_scale.data.batching import Examples
 from fedex_scale.engine.build import Engine, Source, fold_targets
 from fedex_scale.federation import server
 from fedex_scale.federation.client import ClientUpdate, read_update, train_client
@@ -30,6 +29,7 @@ from fedex_scale.federation.state import ClientProgress, Place, ServerState
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.tasks.interface import Examples
 
 
 def run_rounds(
@@ -39,7 +39,6 @@ def run_rounds(
     run: RunDir,
     saver: Saver,
     *,
-    pad_id: int,
     evaluate: Callable[[ServerState], None],
     log: Callable[..., None],
 ) -> ServerState:
@@ -48,7 +47,6 @@ def run_rounds(
     Args:
         clients: each client's examples.
         saver: saves the run's place, and knows where an interrupted run goes on.
-        pad_id: the token that fills up a batch.
         evaluate: called with the server's state before the first round, and after each.
         log: called with an event's name (step, client, failure, round) and its fields.
 
@@ -67,7 +65,7 @@ def run_rounds(
         start_of = server.starts(config, engine, run, round)
         for client in choose_clients(config.federation, len(clients), config.run.seed, round):
             if client not in saver.place.done + saver.place.skipped:
-                setting = (config, engine, clients[client], start_of, saver, pad_id, log)
+                setting = (config, engine, clients[client], start_of, saver, log)
                 saver.attempt(client, partial(train, *setting), log)
         saver.settle()  # the last client is written by now
         done, skipped = saver.place.done, saver.place.skipped
@@ -88,7 +86,6 @@ def train(
     examples: Examples,
     start_of: Callable[[int], Source],
     saver: Saver,
-    pad_id: int,
     log: Callable[..., None],
     begin: ClientProgress,
 ) -> ClientUpdate:
@@ -103,7 +100,6 @@ def train(
         round=state.round + 1,
         client=client,
         side=state.has_side,
-        pad_id=pad_id,
         begin=begin,
         restore=saver.restore,
         on_step=lambda fields: log("step", **fields),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
@@ -20,10 +20,7 @@ from fedex_scale.config.load import Source, load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
-from fedex_scale.data.batching import Examples
 from fedex_scale.data.partition import describe, split
-from fedex_scale.data.prompts import encode
-from fedex_scale.data.sources import load_rows, schema_of
 from fedex_scale.engine import lora_model, models
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.ds_config import zero_stage
@@ -32,6 +29,7 @@ from fedex_scale.federation.client import num_steps
 from fedex_scale.federation.export import show_handed_over, write_final
 from fedex_scale.federation.saves import Found, Saver, find
 from fedex_scale.federation.state import ServerState
+from fedex_scale.files.adapters import Adapter, base_name
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
@@ -44,7 +42,9 @@ from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.runtime.trackers import Trackers
-from fedex_scale.scoring import evaluation
+from fedex_scale.scoring import evaluation, held_out
+from fedex_scale.tasks.all import kind_without_rows, open_task
+from fedex_scale.tasks.interface import CAUSAL, Examples, ModelKind, Task
 
 
 def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
@@ -80,18 +80,25 @@ def _run_or_resume(config: Config) -> None:
             distributed.together(lambda: check_evaluation(config))
             if config.train.packing:
                 distributed.together(lambda: models.check_packing(config.model))
-            tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
-            clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+            kind = kind_without_rows(config)
+            distributed.together(lambda: models.check_kind(config.model, kind))
+            processor = distributed.together(lambda: models.load_processor(config.model, kind))
+            task = distributed.together(lambda: open_task(config, processor))
+            clients, partition = distributed.together(lambda: split_rows(config, task))
             config = with_side_rank(config, found)
             warning = distributed.on_main(lambda: choice.warning(config))
             if warning:
                 _tell(warning)
             distributed.on_main(lambda: trackers.open(to_dict(config)))
-            engine = distributed.together(lambda: engine_for(config, len(clients)))
+            engine = distributed.together(lambda: engine_for(config, len(clients), task.model))
+            if found.checkpoint is not None:
+                begun = Adapter(run.adapter(0))
+                distributed.together(lambda: check_head(begun, engine.whole_shapes()))
             distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
         for note in found.notes:
             _tell(note)
-        _run(config, engine, tokenizer, clients, run, found.checkpoint, trackers)
+        tokenizer = None if config.task.has_head else processor
+        _run(config, engine, tokenizer, task, clients, run, found.checkpoint, trackers)
 
 
 def with_side_rank(config: Config, found: Found) -> Config:
@@ -116,21 +123,22 @@ def check_evaluation(config: Config) -> None:
 
 def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:
     """Return each client's examples, and what partition.json says of them."""
-    seed = config.run.seed
-    rows = load_rows(config.data, derive_seed(seed, "rows"))
-    examples = encode(rows, schema_of(config.data), tokenizer, max_length=config.data.max_length)
-    models.check_vocabulary(config.model, int(examples.tokens.max(initial=0)))
-    rows = rows.select(examples.rows)
-    parts = split(rows, config.partition, derive_seed(seed, "partition"))
-    report = describe(parts, rows, config.partition.column)
-    report |= {"truncated": examples.num_truncated, "dropped": examples.num_dropped}
-    report["sha256"] = digest_of(examples)
+    return split_rows(config, open_task(config, tokenizer))
+
+
+def split_rows(config: Config, task: Task) -> tuple[list[Examples], dict]:
+    """Return each client's examples, and what partition.json says of them."""
+    largest = getattr(task.examples, "largest_token", None)
+    if largest is not None:
+        models.check_vocabulary(config.model, largest)
+    parts = split(task.rows, config.partition, derive_seed(config.run.seed, "partition"))
+    report = describe(parts, task.rows, config.partition.column) | dict(task.examples.notes)
     if METHODS[config.method.name].one_client:
         parts = [sorted(index for part in parts for index in part)]
-    return [examples.select(part) for part in parts], report
+    return [task.examples.select(part) for part in parts], report
 
 
-def engine_for(config: Config, num_clients: int) -> Engine:
+def engine_for(config: Config, num_clients: int, kind: ModelKind = CAUSAL) -> Engine:
     """Build the run's engine."""
     train = config.train
     per_forward = train.micro_batch_size * distributed.world_size()
@@ -151,6 +159,7 @@ def engine_for(config: Config, num_clients: int) -> Engine:
         accumulation=max(1, -(-train.batch_size // per_forward)),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
+        kind=dataclasses.replace(kind, everything=config.method.name == "full"),
     )
     tied = lora_model.tied_layers(engine.model)
     if tied and adds and config.aggregate.fold != "side":
@@ -162,12 +171,21 @@ def engine_for(config: Config, num_clients: int) -> Engine:
     return engine
 
 
-def digest_of(examples: Examples) -> str:
-    """Return the SHA-256 of the tokens: other data, or another tokenizer, is another run."""
-    digest = hashlib.sha256()
-    for array in (examples.tokens, examples.lengths, examples.prompt_lengths):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def check_head(begun: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a UserError where a run that is resumed has another head than it was begun with.
+
+    Args:
+        begun: the server's first adapter.
+        shapes: of what is trained whole, by name.
+    """
+    for name, (_, shape) in begun.full_specs().items():
+        found = shapes.get(base_name(name))
+        if found != shape:
+            raise UserError(
+                f"resume: expected the head that the run was begun with, {name} {shape}, got "
+                f"{found or 'none'}; bring the model and the labels back, or choose another "
+                "run.name"
+            )
 
 
 def check_directory(config: Config) -> Found:
@@ -232,7 +250,8 @@ def make_directory(config: Config, run: RunDir, partition: str) -> None:
 def _run(
     config: Config,
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: Task,
     clients: list[Examples],
     run: RunDir,
     last: Checkpoint | None,
@@ -259,11 +278,18 @@ def _run(
 
         def evaluate(state: ServerState) -> None:
             round = state.round
-            if config.evaluation.due(round, rounds) and not saver.place.evaluated:
+            section, score = config.evaluation, task.score
+            due = section.due(round, rounds, held_out=score is not None)
+            if due and not saver.place.evaluated:
                 began = time.perf_counter()
                 show_handed_over(engine, run, state)
                 with phase("evaluating"):
-                    results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
+                    results: dict[str, Any] = {}
+                    if section.tasks:
+                        results = evaluation.evaluate(engine.model, tokenizer, section)
+                    if score is not None:
+                        own = held_out.evaluate(engine.model, score, section)
+                        results = held_out.merged(results, own)
                     evaluation.write_results(results, run.evaluation(round))
                 seconds = time.perf_counter() - began
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
@@ -272,12 +298,10 @@ def _run(
                 saver.save(replace(saver.place, evaluated=True))
             keep_record(round)
 
-        pad_id = tokenizer.pad_token_id
-        state = run_rounds(
-            config, engine, clients, run, saver, pad_id=pad_id, evaluate=evaluate, log=monitor.log
-        )
+        state = run_rounds(config, engine, clients, run, saver, evaluate=evaluate, log=monitor.log)
         written = write_final(config, engine, run, state)
-        distributed.on_main(lambda: card.write(run))
+        if engine.layers:
+            distributed.on_main(lambda: card.write(run))
         saver.save(replace(saver.place, finished=True))
         keep_record(None)
         monitor.close({"run": run.path, **written})
@@ -289,8 +313,10 @@ def _facts(engine: Engine) -> dict[str, Any]:
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in engine.model.named_parameters()
     }
+    head = sum(math.prod(shape) for shape in engine.whole_shapes().values()) if engine.layers else 0
     return record.facts(
-        base_parameters=sum(size for name, size in sizes.items() if ".lora_" not in name),
+        base_parameters=sum(size for name, size in sizes.items() if ".lora_" not in name) - head,
+        head_parameters=head,
         dtype=str(engine.dtype).removeprefix("torch."),
         ranks=distributed.world_size(),
         device=engine.device.type,
@@ -309,10 +335,14 @@ def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:
         {"A": rank * num_in, "B": num_out * rank} for num_out, num_in in engine.shapes().values()
     ]
     trained = sum(size[factor] for size in sizes for factor in trains)
+    head = sum(math.prod(shape) for shape in engine.whole_shapes().values())
+    where = f"in {len(engine.layers)} layers" + (f" and {head:,} in a head" if head else "")
+    if not engine.layers:
+        trained, where = head, "in all"
     how = Path(config.engine.deepspeed).stem if config.engine.deepspeed else "plain PyTorch"
     return (
         f"{config.method.name} on {config.model.path}: {len(clients)} clients, "
-        f"{sum(map(len, clients))} examples, {trained:,} trained parameters in "
-        f"{len(engine.layers)} layers; {str(engine.dtype).removeprefix('torch.')}, {how}, "
+        f"{sum(map(len, clients))} examples, {trained:,} trained parameters "
+        f"{where}; {str(engine.dtype).removeprefix('torch.')}, {how}, "
         f"{distributed.world_size()} x {engine.device.type}"
     )

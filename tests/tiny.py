@@ -23,6 +23,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from fedex_scale.methods.algebra import Pair
@@ -96,6 +98,22 @@ def make_gpt2(directory: Path) -> Path:
         attn_pdrop=0.0,
     )
     return _save(GPT2LMHeadModel, config, directory)
+
+
+def make_roberta(directory: Path) -> Path:
+    """Write a 2-layer RoBERTa without a head, as hubs have it, and its tokenizer."""
+    config = RobertaConfig(
+        **_tokens(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return _save(RobertaForMaskedLM, config, directory)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

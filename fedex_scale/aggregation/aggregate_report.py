@@ -100,7 +100,7 @@ class AggregateReport:
 
         None if there is but one round, or if the bound says nothing: fold: round in bf16.
         """
-        if any(layer.sum_norm is None for layer in self.layers):
+        if not self.layers or any(layer.sum_norm is None for layer in self.layers):
             return None
         share = _kept(self.total("unseen_norm"), self.total("sum_norm"))
         says_nothing = share < 0 and any(layer.unseen_is_bound for layer in self.layers)
@@ -121,7 +121,9 @@ class AggregateReport:
             "base_changed": self.base_changed,
             "side_rank": self.side_rank,
             "cap": self.cap,
-            "largest_layer": max(self.layers, key=lambda x: x.residual_norm).layer,
+            "largest_layer": max(
+                self.layers, key=lambda x: x.residual_norm, default=LayerReport("")
+            ).layer,
             "layers": [asdict(x) | {"kept": x.kept} for x in self.layers],
         }
 

@@ -18,6 +18,7 @@ from fedex_scale.aggregation.aggregate_report import AggregateReport, LayerRepor
 from fedex_scale.aggregation.deviation import Deviation, measure
 from fedex_scale.aggregation.side import Past, grow, split
 from fedex_scale.aggregation.weights import FoldStats, Target, fold
+from fedex_scale.aggregation.whole import mean_blocks
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.files.adapters import Adapter, LayerPairs, check_finite, out_of_range
 from fedex_scale.methods.algebra import (
@@ -80,6 +81,7 @@ class Sinks:
         side: takes the side adapter's new columns.
         client: takes what a client that keeps its pair lacks (`assign: keep`), by its index.
         deviation: takes what averaging lost; None where clients are too many to be in memory.
+        whole: takes the mean of a weight that clients train whole, by its name in their files.
     """
 
     adapter: Callable[[str, Pair], None] = _nowhere
@@ -87,6 +89,7 @@ class Sinks:
     side: Callable[[str, LowRank], None] = _nowhere
     client: Callable[[str, int, Iterable[LowRank]], None] | None = None
     deviation: Callable[[str, Deviation | None], None] | None = None
+    whole: Callable[[str, Iterator[torch.Tensor]], None] | None = None
 
 
 def base_update_rank(method: MethodConfig, num_clients: int, rank: int) -> int:
@@ -167,6 +170,8 @@ def aggregate(
             stats[layer] = fold(target, rest, carry=section.fold != "round")
         report.layers.append(found)
         on_layer(layer)
+    for name in like_of(round).full_weights if sinks.whole is not None else ():
+        sinks.whole(name, mean_blocks(round.clients, round.weights, name))
     _add_stats(report, targets, stats, crossed)
     return report
 
@@ -285,6 +290,8 @@ def _add_stats(
     crossed: Mapping[str, tuple[float, float] | None],
 ) -> None:
     """Add what the folds found to the report, summed over the ranks' shards."""
+    if not stats:
+        return
     ranks = distributed.world_size()
     shares = [1 / ranks if targets[layer].is_whole else 1.0 for layer in stats]
     local = [x * share for s, share in zip(stats.values(), shares, strict=True) for x in astuple(s)]
@@ -297,9 +304,19 @@ def _add_stats(
             raise out_of_range(layer.layer)
 
 
+def like_of(round: Round) -> Adapter:
+    """Return the adapter that all must be like."""
+    return round.previous or round.clients[0]
+
+
+def _told(adapter: Adapter) -> str:
+    specs = adapter.full_specs()
+    return ", ".join(f"{name} {shape}" for name, (_, shape) in specs.items()) or "none"
+
+
 def check_clients(round: Round) -> None:
     """Raise a UserError that names the client and layer where an adapter does not fit."""
-    like = round.previous or round.clients[0]
+    like = like_of(round)
     whose = "the server's" if round.previous else f"those of {like.path}"
     for adapter in round.clients:
         unknown = set(adapter.layers) - set(like.layers)
@@ -312,6 +329,11 @@ def check_clients(round: Round) -> None:
             raise UserError(
                 f"{adapter.path}: rank {adapter.rank}, but the server has {round.rank}; "
                 "raise lora.rank"
+            )
+        if round.previous is not None and adapter.full_specs() != like.full_specs():
+            raise UserError(
+                f"{adapter.path}: expected the server's whole weights, {_told(like)}, got "
+                f"{_told(adapter)}; was it trained for other labels?"
             )
         for layer in like.layers:
             expected, got = like.shapes(layer), adapter.shapes(layer)

@@ -19,7 +19,7 @@ from fedex_scale.runtime.errors import UserError
 Shapes = Mapping[str, tuple[int, int]]
 
 FULL = "full"
-"""FedAvg on all weights: no method of a run, but what the others are compared with."""
+"""FedAvg on all weights."""
 
 
 def traffic(
@@ -59,7 +59,7 @@ def traffic(
         if value < 1:
             raise UserError(f"communication: {name}: expected at least 1, got {value}")
     columns = 0
-    if method == FULL:
+    if FULL in (method, getattr(method, "name", None)):
         name, up, adapter, base = FULL, initial, initial, 0
     else:
         config = MethodConfig(name=method) if isinstance(method, str) else method
@@ -167,7 +167,8 @@ class Traffic:
 
 def compare(shapes: Shapes, *, methods: Iterable[str] = (), **settings: int) -> list[Traffic]:
     """Return the traffic of full fine-tuning and of each method; FedEx as the paper counts last."""
-    names = [FULL, *(methods or [name for name in METHODS if not METHODS[name].one_client])]
+    federated = [n for n in METHODS if n != FULL and not METHODS[n].one_client]
+    names = [FULL, *(methods or federated)]
     return [
         *(traffic(shapes, method=name, **settings) for name in names),
         traffic(shapes, method="fedex", as_paper=True, **settings),

@@ -108,6 +108,8 @@ def total(parts: Sequence[Deviation]) -> Deviation:
 
 def as_tree(layers: Mapping[str, Deviation | None]) -> dict:
     """Return a round's deviation as it is written to disk; without figures where one is None."""
+    if not layers:
+        return {"note": "weights are averaged whole", "total": None, "layers": []}
     known = [part for part in layers.values() if part is not None]
     if len(known) < len(layers):
         reason = "left out: with so many clients a layer is read in parts, one after another"

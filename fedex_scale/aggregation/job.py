@@ -69,6 +69,8 @@ def prepare(job: Job) -> Plan:
 
 
 def _weights(job: Job) -> list[float]:
+    if job.method.name == "full":
+        raise UserError("method: full is for runs, which train every weight; use fedit or fedex")
     if METHODS[job.method.name].one_client:
         raise UserError(f"method: {job.method.name} has one client, nothing to aggregate")
     if not job.clients:

@@ -7,7 +7,6 @@ weight are in memory at a time.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from torch import Tensor
 
 from fedex_scale.aggregation.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.aggregation.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.aggregation.weights import Target
+from fedex_scale.aggregation.whole import mean_blocks
 from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterWriter
 from fedex_scale.files.basefiles import BaseWriter
-from fedex_scale.files.tensorfile import BLOCK_BYTES, SafetensorsReader
+from fedex_scale.files.tensorfile import SafetensorsReader
 from fedex_scale.methods.algebra import LowRank, Pair
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building
@@ -126,7 +125,7 @@ def _write_full_weights(
 ) -> None:
     """Write the clients' mean of each whole weight to the adapter, and from it to each client's."""
     for name in plan.adapters[0].full_weights:
-        out.write_full(name, _mean_blocks(plan, name))
+        out.write_full(name, mean_blocks(plan.adapters, plan.weights, name))
         mean = SafetensorsReader(scratch / "adapter" / WEIGHTS_FILE)
         for writer in clients:
             writer.write_full(name, mean.blocks(name))
@@ -165,7 +164,6 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
     config = plan.adapters[0].config
     settings = {key: config[key] for key in _TAKEN_OVER if config.get(key) is not None}
     settings["task_type"] = plan.task_type
-    entries = plan.adapters[0].file.entries
     return AdapterWriter(
         path,
         plan.shapes,
@@ -174,10 +172,7 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
         base="",
         fan_in_fan_out=any(plan.transposed.values()),
         settings=settings,
-        full_weights={
-            name: (entries[name].dtype, entries[name].shape)
-            for name in plan.adapters[0].full_weights
-        },
+        full_weights=plan.adapters[0].full_specs(),
     )
 
 
@@ -194,24 +189,6 @@ def _target(plan: Plan, writer: BaseWriter, layer: str) -> Target:
         transposed=transposed,
         carries=False,
     )
-
-
-def _mean_blocks(plan: Plan, name: str) -> Iterator[Tensor]:
-    """Yield the clients' weighted mean of a whole weight, part by part."""
-    entry = plan.adapters[0].file.entries[name]
-    count, step = math.prod(entry.shape), BLOCK_BYTES // torch.float64.itemsize
-    for start in range(0, count, step):
-        span = (start, min(start + step, count))
-        mean = torch.zeros(span[1] - start, dtype=torch.float64)
-        for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
-            (part,) = adapter.file.blocks(name, span)
-            if not torch.isfinite(part).all():
-                raise UserError(
-                    f"{adapter.path}, {name}: expected finite numbers, got NaN or Inf; "
-                    "leave this client out"
-                )
-            mean.add_(part, alpha=weight)
-        yield mean if entry.dtype.is_floating_point else mean.round_()
 
 
 def _name_base(adapter: Path, job: Job, changed: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fedex_scale.aggregation.aggregator import Round, check_clients
 from fedex_scale.config.federation import AggregateSection
@@ -30,6 +31,10 @@ class Clipped:
         before = self.server.pair(layer).float()
         change = change_of(self.adapter, self.server, layer)
         return Pair(*(x + self.factor * dx for x, dx in zip(before, change, strict=True)))
+
+    def full_block(self, name: str, span: tuple[int, int]) -> Tensor:
+        before = self.server.full_block(name, span)
+        return before + self.factor * (self.adapter.full_block(name, span) - before)
 
 
 def screen(round: Round, section: AggregateSection) -> tuple[Round, list[int], list[float]]:
@@ -60,8 +65,11 @@ def screen(round: Round, section: AggregateSection) -> tuple[Round, list[int], l
 
 
 def update_norm(client: Adapter, server: Adapter) -> float:
-    """Return the norm of a client's change of all factors, at the server's rank and scaling."""
+    """Return the norm of a client's change of factors, at the server's scaling, and of the head."""
     total = 0.0
+    for name in server.full_weights:
+        change = client.file.read(name).double() - server.file.read(name).double()
+        total += float(change.square().sum())
     for layer in server.layers:
         total += sum(float(dx.double().square().sum()) for dx in change_of(client, server, layer))
     return math.sqrt(total)

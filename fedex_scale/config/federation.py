@@ -9,7 +9,9 @@ from pydantic import Field
 
 from fedex_scale.config.section import Count, Number, Positive, Section, Share
 
-MethodName = Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"]
+MethodName = Literal[
+    "fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized", "full"
+]
 
 
 class PartitionConfig(Section, title="partition"):
@@ -54,7 +56,8 @@ class MethodConfig(Section, title="method"):
     """Which method aggregates, and its settings."""
 
     name: MethodName = "fedex"
-    """fedit, fedex, ffa, flora, flexlora, lora_fair or centralized."""
+    """fedit, fedex, ffa, flora, flexlora, lora_fair, centralized; full: no adapter, FedAvg on all
+    weights."""
     assign: Literal["average", "reinit", "keep", "svd"] = "average"
     """fedex: what clients start from: the mean pair, a fresh one, their own, or the rank-R SVD of
     the ideal update. What the pair lacks goes into the base."""

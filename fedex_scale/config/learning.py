@@ -15,7 +15,7 @@ from fedex_scale.config.words import named, shown
 from fedex_scale.runtime.errors import UserError
 
 ModuleNames = Annotated[tuple[str, ...], Field(min_length=1), AsTuple]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 
 
 class ModelSection(Section, title="model"):
@@ -145,11 +145,12 @@ class TrainSection(Section, title="train"):
     warmup_ratio: Number = Field(0.02, ge=0, lt=1)
     """Share of a client's steps in which the learning rate rises from 0."""
     weight_decay: Number = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay; SGD's plain one."""
     max_grad_norm: Number = Field(1.0, ge=0, allow_inf_nan=True)
     """Gradients are clipped to this norm; 0 for never."""
     optimizer: Optimizer = "adamw"
-    """adamw, or bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory."""
+    """adamw; bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory; sgd: plain,
+    without moments."""
     group_by_length: bool = False
     """Batch examples of like length together: less padding, a less random order."""
     packing: bool = False

@@ -23,6 +23,7 @@ from fedex_scale.config.learning import (
     TrainSection,
 )
 from fedex_scale.config.section import AsTuple, Count, Names, Section
+from fedex_scale.config.task import TaskSection
 from fedex_scale.config.words import named, shown
 
 
@@ -85,9 +86,13 @@ class EvaluationSection(Section, title="evaluation"):
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             yield f"evaluation.data_dir: no directory {named(self.data_dir)}; correct the path"
 
-    def due(self, round: int, rounds: int) -> bool:
-        """Return whether the model is scored after `round` of `rounds` (0: before the first)."""
-        if not self.tasks:
+    def due(self, round: int, rounds: int, *, held_out: bool = False) -> bool:
+        """Return whether the model is scored after `round` of `rounds` (0: before the first).
+
+        Args:
+            held_out: the task has held-out rows of its own.
+        """
+        if not (self.tasks or held_out):
             return False
         if round == 0:
             return self.before
@@ -100,6 +105,7 @@ class Config(Section):
     run: RunSection = Field(default_factory=RunSection)
     model: ModelSection
     lora: LoraSection = Field(default_factory=LoraSection)
+    task: TaskSection = Field(default_factory=TaskSection)
     data: DataConfig
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationSection = Field(default_factory=FederationSection)
@@ -114,10 +120,28 @@ class Config(Section):
             yield "federation.client_fraction: centralized has one client; leave it at 1"
         if self.method.name == "ffa" and self.federation.init == "per_client":
             yield "federation.init: ffa shares one frozen A; use init: shared"
+        if self.method.name == "full" and self.model.quantization != "none":
+            yield (
+                f"model.quantization: full trains every weight, got {self.model.quantization}; use "
+                "none"
+            )
         if self.method.assign == "keep":
             yield (
                 "method.assign: keep gives each client a base of its own, which one engine cannot "
                 "hold; use average, or fedex-scale aggregate --assign keep on a round's clients"
+            )
+        if self.task.kind not in ("instruct", "generate"):
+            if self.train.packing:
+                yield f"train.packing: {self.task.kind} reads one example a row; leave it out"
+            if self.evaluation.tasks:
+                yield (
+                    f"evaluation.tasks: lm-eval scores models that write, and {self.task.kind} has "
+                    "a head; use task.test or task.holdout"
+                )
+        if self.task.kind == "generate" and self.data.schema != "columns":
+            yield (
+                "data.schema: task.kind generate needs columns, with data.prompt_column and "
+                f"data.response_column, got {self.data.schema}; set all three"
             )
         if self.model.quantization != "none" and self.aggregate.fold != "side":
             yield (

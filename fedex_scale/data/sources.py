@@ -36,7 +36,7 @@ def load_rows(config: DataConfig, seed: int) -> Dataset:
         UserError: no such file or dataset, no rows, a column that the schema needs is missing or
             has empty cells, or fewer rows than num_examples.
     """
-    source, rows = _read(config)
+    source, rows = read_rows(config)
     schema = schema_of(config)
     for column in (schema.instruction, schema.response):
         _check_column(rows, column, source, config)
@@ -45,6 +45,15 @@ def load_rows(config: DataConfig, seed: int) -> Dataset:
             f"{source}: expected every input to be empty, as in Commonsense170K, got others; "
             "join them to the instruction and use data.schema=columns"
         )
+    return choose_rows(rows, config, seed, source)
+
+
+def choose_rows(rows: Dataset, config: DataConfig, seed: int, source: str) -> Dataset:
+    """Return as many rows as the config asks for, all where it does not say.
+
+    Raises:
+        UserError: there are fewer.
+    """
     wanted = config.num_examples
     if wanted is None:
         return rows
@@ -59,7 +68,7 @@ def load_rows(config: DataConfig, seed: int) -> Dataset:
     return rows.select(np.sort(draw.choice(len(rows), size=wanted, replace=False)))
 
 
-def _read(config: DataConfig) -> tuple[str, Dataset]:
+def read_rows(config: DataConfig) -> tuple[str, Dataset]:
     """Return what was read, as the user would name it, and all its rows."""
     data_dir = config.data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if data_dir and config.local:

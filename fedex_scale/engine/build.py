@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, Optimizer
-from fedex_scale.engine import lora_model, models
+from fedex_scale.engine import lora_model, models, whole
 from fedex_scale.engine.ds_config import read_ds_config, zero_stage
-from fedex_scale.engine.fused import FusedLinear, stacks_held
+from fedex_scale.engine.fused import FusedLinear, stacks_held, want_input_gradients
 from fedex_scale.engine.head import send
 from fedex_scale.engine.loading import load_base
 from fedex_scale.engine.lora_model import CLIENT, SIDE
@@ -29,10 +29,12 @@ from fedex_scale.engine.parameters import (
     read_whole,
     resident,
     resize,
+    write,
     write_pair,
 )
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime import distributed
+from fedex_scale.tasks.interface import CAUSAL, ModelKind
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,9 @@ class Engine:
     max_grad_norm: float
     side_rank: int
     has_planes: bool = False
+    kind: ModelKind = CAUSAL
+    heads: tuple[str, ...] = ()
+    whole: dict[str, nn.Parameter] = field(default_factory=dict)
     device: torch.device
     dtype: torch.dtype
     deepspeed: Any | None = None
@@ -53,6 +58,10 @@ class Engine:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (O, I) of every adapted layer."""
         return {n: (layer.out_features, layer.in_features) for n, layer in self.layers.items()}
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter that is trained whole."""
+        return {name: whole.shape_of(parameter) for name, parameter in self.whole.items()}
 
 
 def build_engine(
@@ -68,6 +77,7 @@ def build_engine(
     weight_decay: float,
     max_grad_norm: float,
     has_planes: bool = False,
+    kind: ModelKind = CAUSAL,
 ) -> Engine:
     """Load the model and build the engine, once a run.
 
@@ -76,6 +86,7 @@ def build_engine(
         side_rank: columns that the frozen side adapter may come to have, 0 for none.
         has_planes: a second matrix beside each weight takes the side adapter's place.
         accumulation: micro-batches in a full optimizer step, for DeepSpeed's bookkeeping.
+        kind: of task: the model's class, its head, and the loss.
 
     Raises:
         UserError: settings that cannot work together, or a model that cannot be had.
@@ -89,17 +100,18 @@ def build_engine(
             accumulation=accumulation,
             max_grad_norm=max_grad_norm,
             bf16=dtype == torch.bfloat16,
-            largest_weight=models.largest_weight(model),
+            largest_weight=models.largest_weight(model, kind),
             quantization=model.quantization,
         )
-    base = load_base(model, dtype, device, ds_config)
+    base = load_base(model, dtype, device, ds_config, kind)
     if ds_config is None and model.quantization == "none":
         base.to(device)
-    peft_model = lora_model.add_adapters(base, lora, trains=trains, fused=section.fused_lora)
+    peft_model = lora_model.add_adapters(
+        base, lora, trains=trains, kind=kind, fused=section.fused_lora
+    )
+    heads = whole.head_modules(base, kind)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    fused_shards = section.fused_lora and zero_stage(section) == 3
-    if model.gradient_checkpointing or fused_shards:
         base.enable_input_require_grads()
     trainable = [p for p in peft_model.parameters() if p.requires_grad]
     inner = _optimizer(optimizer, trainable, weight_decay)
@@ -107,9 +119,11 @@ def build_engine(
     if ds_config is not None:
         import deepspeed
 
-        if fused_shards:
-            # One function needs all of a layer's parameters at once. (DeepSpeed would take the
-            # gradients of a leaf whose input needs none before they are there.)
+        fused = any(isinstance(module, FusedLinear) for module in peft_model.modules())
+        if fused and zero_stage(section) == 3:
+            # One function needs all of a layer's parameters at once. DeepSpeed would take the
+            # gradients of a leaf whose input needs none before they are there.
+            want_input_gradients(peft_model)
             deepspeed.utils.set_z3_leaf_modules(peft_model, [FusedLinear])
         ds_engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
@@ -123,6 +137,9 @@ def build_engine(
         max_grad_norm=max_grad_norm,
         side_rank=side_rank,
         has_planes=has_planes,
+        kind=kind,
+        heads=heads,
+        whole=whole.parameters_of(peft_model, heads),
         device=device,
         dtype=dtype,
         deepspeed=ds_engine,
@@ -143,6 +160,7 @@ def set_adapter(engine: Engine, source: Source, *, side: bool) -> None:
     _activate(engine, [CLIENT, SIDE] if side else [CLIENT])
     for name, layer in engine.layers.items():
         write_pair(layer, CLIENT, source(name))
+    _set_whole(engine, source)
 
 
 def reset_for_client(engine: Engine, source: Source, *, side: bool) -> None:
@@ -172,15 +190,15 @@ def _zero_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def train_step(
-    engine: Engine, micro_batches: Sequence[dict[str, Tensor]], *, tokens: int, lr: float
+    engine: Engine, micro_batches: Sequence[dict[str, Tensor]], *, units: int, lr: float
 ) -> float:
-    """Do one optimizer step and return its loss, the mean over the step's trained tokens.
+    """Do one optimizer step and return its loss, the mean over the step's units.
 
     Args:
         micro_batches: this rank's share; as many on every rank. A batch whose labels are all
             masked takes part with loss 0.
-        tokens: trained tokens in the whole step, over all ranks and micro-batches, so that the
-            loss does not depend on how the examples are spread.
+        units: trained tokens, or examples, in the whole step, over all ranks and micro-batches, so
+            that the loss does not depend on how the examples are spread.
         lr: learning rate of this step.
     """
     for group in engine.optimizer.param_groups:
@@ -196,7 +214,7 @@ def train_step(
             batch = {n: x if n in here else send(x, engine.device) for n, x in batch.items()}
             if ds is not None:
                 ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = (ds or engine.model)(**batch, use_cache=False, num_items_in_batch=tokens).loss
+            loss = engine.kind.loss(ds or engine.model, batch, units)
             total += loss.detach()
             if ds is not None:
                 # DeepSpeed averages gradients over ranks; the loss is already a share of the sum.
@@ -225,6 +243,12 @@ def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair
     for name, layer in engine.layers.items():
         A, B = layer.lora_A[CLIENT].weight, layer.lora_B[CLIENT].weight
         yield name, Pair(read_float32(A, copy=copy), read_float32(B, copy=copy))
+
+
+def read_whole_weights(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield what is trained whole, float32 on the CPU; every rank must take part."""
+    for name, parameter in engine.whole.items():
+        yield name, read_float32(parameter, copy=copy)
 
 
 def read_base_weight(engine: Engine, layer: str) -> Tensor:
@@ -264,7 +288,13 @@ def set_single(engine: Engine, source: Source, *, scaling: float) -> None:
     for name, layer in engine.layers.items():
         layer.scaling[SIDE] = scaling
         _set_side_pair(engine, layer, source(name), torch.float32)
+    _set_whole(engine, source)
     _activate(engine, [SIDE])
+
+
+def _set_whole(engine: Engine, source: Source) -> None:
+    for name, parameter in engine.whole.items():
+        write(parameter, source(name))
 
 
 def _set_side_pair(engine: Engine, layer: LoraLayer, pair: Pair, dtype: torch.dtype) -> None:
@@ -282,7 +312,7 @@ def _add_planes(engine: Engine) -> None:
 
 def _activate(engine: Engine, adapters: list[str]) -> None:
     if adapters != engine.model.active_adapters:  # a walk over all modules costs as a read
-        lora_model.activate(engine.model, adapters, trains=engine.trains)
+        lora_model.activate(engine.model, adapters, trains=engine.trains, heads=engine.heads)
 
 
 def fold_targets(engine: Engine) -> dict[str, Target]:
@@ -332,6 +362,8 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=0.0, weight_decay=weight_decay)
     import bitsandbytes
 
     cls = {

@@ -93,6 +93,20 @@ def fuse(layer: LoraLayer, client: str) -> None:
         layer.client = client
 
 
+def want_input_gradients(model: nn.Module) -> None:
+    """Let every fused layer's input have a gradient in training, also where nothing asks for it."""
+
+    def mark(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *others = inputs
+        if layer.training and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return (x, *others)
+
+    for layer in model.modules():
+        if isinstance(layer, FusedLinear):
+            layer.register_forward_pre_hook(mark)
+
+
 @contextmanager
 def stacks_held(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
     """Stack every layer's factors once, for all micro-batches of one optimizer step.

@@ -9,7 +9,7 @@ for a while.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fedex_scale.config.learning import ModelSection
-from fedex_scale.engine import models
+from fedex_scale.engine import models, whole
 from fedex_scale.engine.parameters import partitioner, slice_of
 from fedex_scale.files.basefiles import INDEX_FILE, WEIGHTS_FILE, BaseFiles, base_directory
 from fedex_scale.files.tensorfile import BLOCK_BYTES
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.tasks.interface import CAUSAL, ModelKind
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     ds_config: dict[str, Any] | None,
+    kind: ModelKind = CAUSAL,
 ) -> PreTrainedModel:
     """Return the frozen base model, partitioned under ZeRO-3; every rank must take part.
 
@@ -47,9 +49,9 @@ def load_base(
     """
     zero3 = ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
     if not (section.random or zero3):
-        return models.load_model(section, dtype, device)
-    config = models.base_config(section)
-    model = _without_weights(section, config, dtype)
+        return models.load_model(section, dtype, device, kind)
+    config = models.base_config(section, kind=kind)
+    model, new = _without_weights(section, config, dtype, kind), set()
     if section.random:
         _draw(model, device, partitioner(ds_config) if zero3 else None)
     else:
@@ -58,30 +60,33 @@ def load_base(
         if reason:
             log.info("model: %s; every rank holds it whole while it loads", reason)
             with _transformers_partitions(ds_config):
-                return models.load_model(section, dtype, torch.device("cpu"))
-        _read(model, BaseFiles(folder), device, partitioner(ds_config))
+                return models.load_model(section, dtype, torch.device("cpu"), kind)
+        heads = whole.new_modules(model, kind)
+        new = _read(model, BaseFiles(folder), device, partitioner(ds_config), heads)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+    whole.draw(model, new, kind.seed)
     model.requires_grad_(False)
     return model.eval()
 
 
 def _without_weights(
-    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype
+    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, kind: ModelKind
 ) -> PreTrainedModel:
     """Return the model with parameters on the meta device, tied ones being one, and buffers."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = kind.model_class.from_config(
             config,
             dtype=dtype,
             attn_implementation=models.attention(section, config),
             trust_remote_code=section.trust_remote_code,
         )
     model.tie_weights()
-    model.config.use_cache = True
+    if not kind.has_head:
+        model.config.use_cache = True
     return model
 
 
@@ -103,10 +108,15 @@ def _read(
     files: BaseFiles,
     device: torch.device,
     partition: Callable[[nn.Parameter], None],
-) -> None:
-    """Read this rank's slice of every parameter, and buffers whole."""
+    heads: Collection[str],
+) -> set[str]:
+    """Read this rank's slice of every parameter, and buffers whole.
+
+    Returns:
+        The parameters of the head that the files do not have; they are still to be drawn.
+    """
     owners = _owners(model)
-    sources = [_find(model, files, names, like.shape) for like, names in owners]
+    sources = [_find(model, files, names, like.shape, heads) for like, names in owners]
     buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
     # One room for all: rooms that come and go would leave holes between the slices.
     largest = max(like.numel() for like, _ in owners)
@@ -114,7 +124,7 @@ def _read(
     for (like, names), source in zip(owners, sources, strict=True):
         flat = room[: like.numel()]
         start, stop = slice_of(like.numel())
-        for block in files.blocks(source, (start, stop), buffer):
+        for block in files.blocks(source, (start, stop), buffer) if source else ():
             flat[start : start + block.numel()] = block
             start += block.numel()
         _put(model, names, nn.Parameter(flat.view(like.shape), requires_grad=False))
@@ -123,6 +133,7 @@ def _read(
     for name, buffer in model.named_buffers():
         if name in persistent and name in files.names:
             buffer.copy_(files.read(name))
+    return {name for (_, (name, *_)), x in zip(owners, sources, strict=True) if x is None}
 
 
 def _draw(
@@ -166,11 +177,24 @@ def _put(model: nn.Module, names: list[str], parameter: nn.Parameter) -> None:
         setattr(model.get_submodule(path), last, parameter)
 
 
-def _find(model: PreTrainedModel, files: BaseFiles, names: list[str], shape: torch.Size) -> str:
-    """Return the name of a parameter in the files, with or without the model's prefix."""
+def _find(
+    model: PreTrainedModel,
+    files: BaseFiles,
+    names: list[str],
+    shape: torch.Size,
+    heads: Collection[str],
+) -> str | None:
+    """Return the name of a parameter in the files, with or without the model's prefix.
+
+    None: it is of the head, and the files do not have it, or have it for other labels.
+    """
     prefix = f"{model.base_model_prefix}."
     spelled = [s for name in names for s in (name, name.removeprefix(prefix), prefix + name)]
     source = next((name for name in spelled if name in files.names), None)
+    if whole.is_below(names[0], heads) and (source is None or files.shape(source) != tuple(shape)):
+        return None
+    if source is None:
+        whole.check_missing(model, heads, names[:1])
     if source is None:
         raise UserError(
             f"{files.path}: expected the weight {names[0]} in its files, found none; fetch the "

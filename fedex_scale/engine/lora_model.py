@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedex_scale.config.learning import LoraSection
+from fedex_scale.engine import whole
 from fedex_scale.engine.fused import fuse
 from fedex_scale.engine.head import compute_loss_in_pieces
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.tasks.interface import CAUSAL, ModelKind
 
 CLIENT, SIDE = "default", "side"  # names of the two PEFT adapters
 
@@ -26,6 +31,7 @@ def add_adapters(
     *,
     trains: frozenset[str],
     side_rank: int = 1,
+    kind: ModelKind = CAUSAL,
     fused: bool = True,
 ) -> PeftModel:
     """Wrap the model with the client adapter and the frozen side adapter.
@@ -33,6 +39,7 @@ def add_adapters(
     Args:
         trains: which factors train, a subset of {"A", "B"}.
         side_rank: columns of the side adapter to begin with; it grows as residuals come.
+        kind: of task; its head is trained whole, and has no adapter.
         fused: a layer's products are one function in training, where they can be.
 
     Raises:
@@ -42,13 +49,21 @@ def add_adapters(
     targets = targets if isinstance(targets, str) else list(targets)
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]
+    heads = whole.head_modules(model, kind)
+    # With another task_type PEFT would make a second copy of the head.
+    apart: dict = {"task_type": kind.task_type}
+    if kind.everything:
+        targets, apart = DUMMY_TARGET_MODULES, {"task_type": None}
+    elif heads:
+        names = "|".join(map(re.escape, heads))
+        apart = {"task_type": None, "exclude_modules": rf"({names})(\..*)?"}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        **apart,
     )
     try:
         peft_model = get_peft_model(model, config, adapter_name=CLIENT)
@@ -58,9 +73,7 @@ def add_adapters(
         raise _no_match(targets, model) from None
     if isinstance(targets, list):
         _check_every_name_matches(targets, peft_model)
-    side = LoraConfig(
-        r=side_rank, lora_alpha=side_rank, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    side = LoraConfig(r=side_rank, lora_alpha=side_rank, target_modules=targets, **apart)
     peft_model.add_adapter(SIDE, side)
     for name, layer in lora_layers(peft_model).items():
         if isinstance(layer, ParamWrapper):
@@ -72,8 +85,10 @@ def add_adapters(
         _train_as_the_base(layer, model.dtype)
         if fused:
             fuse(layer, CLIENT)
-    activate(peft_model, [CLIENT], trains=trains)
-    compute_loss_in_pieces(model)
+    whole.train_in_float32(model, heads)
+    activate(peft_model, [CLIENT], trains=trains, heads=heads)
+    if not kind.everything:
+        compute_loss_in_pieces(model)
     return peft_model
 
 
@@ -137,15 +152,18 @@ def _no_match(targets: list[str] | str, model: PreTrainedModel) -> UserError:
     )
 
 
-def activate(model: PeftModel, adapters: list[str], *, trains: frozenset[str]) -> None:
-    """Let the forward pass see these adapters.
+def activate(
+    model: PeftModel, adapters: list[str], *, trains: frozenset[str], heads: Collection[str] = ()
+) -> None:
+    """Let the forward pass see these adapters; modules of `heads` are trained whole.
 
     PEFT makes active adapters trainable as a whole, so the flags are set anew here.
     """
     model.base_model.set_adapter(adapters)
     for name, parameter in model.named_parameters():
         factor = "A" if ".lora_A." in name else "B" if ".lora_B." in name else None
-        parameter.requires_grad_(f".{CLIENT}." in name and factor in trains)
+        is_head = whole.is_below(name.removeprefix("base_model.model."), heads)
+        parameter.requires_grad_(is_head or (f".{CLIENT}." in name and factor in trains))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoImageProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -21,7 +22,9 @@ from transformers import (
 )
 
 from fedex_scale.config.learning import ModelSection
+from fedex_scale.engine import whole
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.tasks.interface import CAUSAL, ModelKind
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +78,37 @@ def check_vocabulary(section: ModelSection, largest: int) -> None:
         )
 
 
-def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned."""
+def load_processor(section: ModelSection, kind: ModelKind) -> Any:
+    """Return the model's tokenizer, or what makes its inputs of images."""
+    if kind.auto != "AutoModelForImageClassification":
+        return load_tokenizer(section)
+    try:
+        return _load(AutoImageProcessor, section)
+    except ImportError as error:  # timm's needs torchvision
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path: {section.path}: {reason[:200]}") from None
+
+
+def check_kind(section: ModelSection, kind: ModelKind) -> None:
+    """Raise a UserError where no class of this kind, or no such head, is there for the model."""
     config = base_config(section)
+    if type(config) not in kind.model_class._model_mapping:
+        raise UserError(
+            f"model.path: {section.path} is of type {config.model_type}, which has no "
+            f"{kind.auto.removeprefix('AutoModel')}; choose another model or another task.kind"
+        )
+    if kind.head:
+        whole.head_modules(meta_model(section, config, kind), kind)
+
+
+def load_model(
+    section: ModelSection, dtype: torch.dtype, device: torch.device, kind: ModelKind = CAUSAL
+) -> PreTrainedModel:
+    """Return the frozen base model in `dtype`. Under ZeRO-3 it comes partitioned.
+
+    A head that its files do not have, or have for other labels, is drawn from the kind's seed.
+    """
+    config = base_config(section, kind=kind)
     options = {"dtype": dtype, "attn_implementation": attention(section, config), "config": config}
     if device.type != "cpu":  # straight there, and not by way of every rank's host memory
         options["device_map"] = {"": device}
@@ -89,14 +120,24 @@ def load_model(section: ModelSection, dtype: torch.dtype, device: torch.device) 
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": device}
-    model = _load(AutoModelForCausalLM, section, **options)
-    model.config.use_cache = True
+    if kind.has_head:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = _load(kind.model_class, section, **options)
+        heads = whole.new_modules(model, kind)
+        new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        whole.check_missing(model, heads, new)
+        whole.draw(model, new, kind.seed)
+    else:
+        model = _load(kind.model_class, section, **options)
+        model.config.use_cache = True
     model.requires_grad_(False)
     return model
 
 
-def base_config(section: ModelSection, *, offline: bool = False) -> PretrainedConfig:
-    """Return the model's config.json.
+def base_config(
+    section: ModelSection, *, offline: bool = False, kind: ModelKind = CAUSAL
+) -> PretrainedConfig:
+    """Return the model's config.json, with what the kind of task says of its labels.
 
     Args:
         offline: take the facts that come along for a model of the hub, if there are any, or for
@@ -105,6 +146,14 @@ def base_config(section: ModelSection, *, offline: bool = False) -> PretrainedCo
     Raises:
         UserError: it cannot be had, or read.
     """
+    config = _plain_config(section, offline=offline)
+    for key, value in kind.settings.items():
+        if key != "pad_token_id" or getattr(config, key, None) is None:
+            setattr(config, key, value)
+    return config
+
+
+def _plain_config(section: ModelSection, *, offline: bool) -> PretrainedConfig:
     file = section.config or (_known(section.path) if offline else None)
     if file is None:
         return _load(AutoConfig, section)
@@ -135,15 +184,17 @@ def _known(path: str) -> str | None:
     return by_id.get(path) or by_name.get(Path(path).name)
 
 
-def meta_model(section: ModelSection, config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(
+    section: ModelSection, config: PretrainedConfig, kind: ModelKind = CAUSAL
+) -> PreTrainedModel:
     """Return the model without memory for its weights: shapes only."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        return kind.model_class.from_config(config, trust_remote_code=section.trust_remote_code)
 
 
-def largest_weight(section: ModelSection) -> int:
+def largest_weight(section: ModelSection, kind: ModelKind = CAUSAL) -> int:
     """Return how many elements the model's largest weight has, from its config alone."""
-    model = meta_model(section, base_config(section))
+    model = meta_model(section, base_config(section, kind=kind), kind)
     return max(parameter.numel() for parameter in model.parameters())
 
 

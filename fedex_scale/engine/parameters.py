@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime import distributed
 
-Source = Callable[[str], Pair]
-"""Gives a layer's factors."""
+Source = Callable[[str], Pair | Tensor]
+"""Gives a layer's factors, or a whole weight by its name."""
 
 
 def write_pair(layer: LoraLayer, adapter: str, pair: Pair) -> None:
     """Set one layer's factors: the copies that compute, and their float32 masters."""
-    _write(layer.lora_A[adapter].weight, pair.A_RI)
-    _write(layer.lora_B[adapter].weight, pair.B_OR)
+    write(layer.lora_A[adapter].weight, pair.A_RI)
+    write(layer.lora_B[adapter].weight, pair.B_OR)
 
 
 def resize(parameter: nn.Parameter, value: Tensor) -> None:
@@ -30,7 +30,7 @@ def resize(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data = value.to(parameter.device, copy=True)
         return
     if tuple(parameter.ds_shape) == tuple(value.shape) and parameter.ds_tensor.dtype == value.dtype:
-        _write(parameter, value)
+        write(parameter, value)
         return
     if parameter.ds_tensor.final_location == "nvme":
         parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
@@ -50,7 +50,7 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
+def write(parameter: nn.Parameter, value: Tensor) -> None:
     """Set a parameter here: the copy that computes, and the float32 master where there is one.
 
     A plain parameter gets new memory, so that who still reads the old finds what was there.

@@ -9,26 +9,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import transformers
+from torch import Tensor
 
 from fedex_scale.config.learning import LoraSection, TrainSection
-from fedex_scale.data.batching import Examples, collate, pack, plan_steps, shard
+from fedex_scale.data.batching import plan_steps, shard
 from fedex_scale.engine.build import (
     Engine,
     Source,
     is_conv1d,
     read_pairs,
+    read_whole_weights,
     reset_for_client,
     train_step,
 )
 from fedex_scale.federation.state import ClientProgress
-from fedex_scale.files.adapters import AdapterWriter
+from fedex_scale.files.adapters import AdapterWriter, full_specs
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import ClientFailure
 from fedex_scale.runtime.phases import phase
 from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.tasks.interface import Examples
 
 CLIENT_FILE = "client.json"
 
@@ -82,7 +86,6 @@ def train_client(
     round: int,
     client: int,
     side: bool,
-    pad_id: int,
     on_step: Callable[[dict], None],
     begin: ClientProgress | None = None,
     restore: Callable[[], None] = lambda: None,
@@ -122,10 +125,10 @@ def train_client(
     with faults.deferring(), phase("training"):
         for step in range(progress.step, len(steps)):
             indices, lr = steps[step], learning_rate(step, len(steps), section)
-            trained = int(examples.num_trained[indices].sum())
-            batches = list(_micro_batches(examples, indices, section, pad_id))
+            units = int(examples.units[indices].sum())
+            batches = list(_micro_batches(examples, indices, section))
             with phases.step():
-                loss = train_step(engine, batches, tokens=trained, lr=lr)
+                loss = train_step(engine, batches, units=units, lr=lr)
             if not math.isfinite(loss):
                 raise ClientFailure(
                     f"round {round}, client {client}, step {step + 1}: expected a finite loss, got "
@@ -155,7 +158,7 @@ def train_client(
     )
 
 
-def take_factors(engine: Engine, *, who: str) -> dict[str, Pair]:
+def take_factors(engine: Engine, *, who: str) -> dict[str, Pair | Tensor]:
     """Return the adapter that the engine holds, on rank 0; every rank must take part.
 
     It stays as it is when the engine goes on to another client.
@@ -173,7 +176,7 @@ def take_factors(engine: Engine, *, who: str) -> dict[str, Pair]:
 def write_client(
     engine: Engine,
     update: ClientUpdate,
-    factors: Mapping[str, Pair],
+    factors: Mapping[str, Pair | Tensor],
     directory: Path,
     lora: LoraSection,
     base: str,
@@ -219,10 +222,18 @@ def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) 
         base=base,
         use_rslora=lora.use_rslora,
         fan_in_fan_out=is_conv1d(engine),
+        settings=adapter_settings(engine),
+        full_weights=full_specs(engine.whole_shapes()),
     )
 
 
-def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair]]:
+def adapter_settings(engine: Engine) -> dict[str, Any]:
+    """Return what adapter_config.json says of the task: PEFT's name for it, and the head."""
+    settings: dict[str, Any] = {"task_type": engine.kind.task_type}
+    return settings | ({"modules_to_save": list(engine.heads)} if engine.heads else {})
+
+
+def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair | Tensor]]:
     for layer, pair in read_pairs(engine, copy=False):
         # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
         if not all(math.isfinite(factor.sum()) for factor in pair):
@@ -231,11 +242,18 @@ def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair]]:
                 "lower train.learning_rate or look at its data"
             )
         yield layer, pair
+    for name, weight in read_whole_weights(engine, copy=False):
+        if not math.isfinite(weight.sum()):
+            raise ClientFailure(
+                f"{who}, {name}: expected finite numbers, got NaN or Inf; lower "
+                "train.learning_rate or look at its data"
+            )
+        yield name, weight
 
 
 def _micro_batches(
-    examples: Examples, indices: list[int], section: TrainSection, pad_id: int
-) -> Iterator[dict]:
+    examples: Examples, indices: list[int], section: TrainSection
+) -> Iterator[dict[str, Tensor]]:
     parts = shard(
         indices,
         rank=distributed.rank(),
@@ -243,7 +261,4 @@ def _micro_batches(
         micro_batch_size=section.micro_batch_size,
     )
     for part in parts:
-        if section.packing:
-            yield pack(examples, part, fallback=indices[0])
-        else:
-            yield collate(examples, part, fallback=indices[0], pad_id=pad_id)
+        yield examples.batch(part, fallback=indices[0])

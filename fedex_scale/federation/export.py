@@ -9,26 +9,38 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 from torch.nn.functional import pad
 
 from fedex_scale.aggregation.weights import Target, fold
 from fedex_scale.config.settings import Config
 from fedex_scale.engine.build import Engine, Source, is_conv1d, read_base_weight, set_single
+from fedex_scale.federation.client import adapter_settings
 from fedex_scale.federation.history import History
 from fedex_scale.federation.server import show
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.adapters import Adapter, AdapterWriter, out_of_range, write_joined
-from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
+from fedex_scale.files.adapters import (
+    Adapter,
+    AdapterWriter,
+    base_name,
+    out_of_range,
+    write_joined,
+)
+from fedex_scale.files.basefiles import WEIGHTS_FILE, BaseFiles, BaseWriter, base_directory
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.tensorfile import SafetensorsWriter
 from fedex_scale.methods.algebra import LowRank, Pair, compress, norm, stack
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building, check_out
 from fedex_scale.runtime.phases import phase
+
+# Of a model's directory: what reads its inputs, and how it writes.
+_BESIDE = ("tokenizer", "vocab", "merges", "special_tokens", "preprocessor", "generation", "spiece")
 
 
 class Handed(NamedTuple):
@@ -53,10 +65,12 @@ def handed_over(run: RunDir, state: ServerState) -> Handed:
     if state.has_side and not state.base_changed:
         more = max(map(history.side_rank, adapter.layers))
     if not more:
-        return Handed(adapter.pair, adapter.scaling, adapter.rank)
+        return Handed(adapter.weights, adapter.scaling, adapter.rank)
     rank = adapter.rank + more
 
-    def joined(layer: str) -> Pair:
+    def joined(layer: str) -> Pair | Tensor:
+        if layer not in adapter.layers:
+            return adapter.weights(layer)
         own, side = adapter.pair(layer).float(), history.side(layer)
         A_RI = torch.cat([own.A_RI, side.A_RI])
         B_OR = torch.cat([own.B_OR * adapter.scaling, side.B_OR], dim=1)
@@ -83,14 +97,20 @@ def show_handed_over(engine: Engine, run: RunDir, state: ServerState) -> None:
 def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState) -> dict[str, Path]:
     """Write final/adapter, final/exact_adapter and, where a fold changed it, final/base.
 
+    With a head, final/config.json is the model's config with the labels' names.
+
     final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
     base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
     float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
     their updates there too. It is left out where the clients were too many to keep their residual.
 
+    Without an adapter, final/model is the whole model, in float32.
+
     Returns:
         What was written, by name, to show the user.
     """
+    if not engine.layers:
+        return _write_model(config, engine, run, state)
     written = {"adapter": run.final / "adapter"}
     if distributed.is_main():
         server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
@@ -105,9 +125,11 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
                 alpha=rank,
                 base=base,
                 fan_in_fan_out=is_conv1d(engine),
+                settings=adapter_settings(engine),
+                full_weights=server.full_specs(),
             ) as writer:
-                for layer in server.layers:
-                    writer.write(layer, handed.source(layer))
+                for name in (*server.layers, *engine.whole):
+                    writer.write(name, handed.source(name))
         if not _rounds_without_factors(run, state.round):
             written["exact_adapter"] = run.final / "exact_adapter"
             parts = [server, *_residuals(run, state.round)]
@@ -116,12 +138,40 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
                 parts,
                 base=config.model.path,
                 fan_in_fan_out=is_conv1d(engine),
+                settings=adapter_settings(engine),
             )
     if state.base_changed and not config.model.random:
         _write_base(config, engine, run.final / "base")
         written["base"] = run.final / "base"
+    if engine.heads and distributed.is_main():  # the labels' names
+        settings = engine.model.get_base_model().config
+        for folder in (run.final, run.final / "base"):
+            if folder.is_dir():
+                settings.save_pretrained(folder)
     distributed.barrier()
     return written
+
+
+def _write_model(
+    config: Config, engine: Engine, run: RunDir, state: ServerState
+) -> dict[str, Path]:
+    """Write the server's weights as a model that transformers loads."""
+    out, model = run.final / "model", engine.model.get_base_model()
+    if distributed.is_main():
+        server = Adapter(run.adapter(state.round))
+        out.mkdir(parents=True)
+        specs = {base_name(name): spec for name, spec in server.full_specs().items()}
+        with SafetensorsWriter(out / WEIGHTS_FILE, specs) as writer:
+            for name in server.full_weights:
+                writer.write_blocks(base_name(name), server.file.blocks(name))
+        model.config.save_pretrained(out)
+        if not config.model.random:
+            base = base_directory(config.model.path, config.model.revision)
+            for file in base.iterdir():
+                if file.name.startswith(_BESIDE) and file.is_file():
+                    shutil.copy(file, out / file.name)
+    distributed.barrier()
+    return {"model": out}
 
 
 def _write_base(config: Config, engine: Engine, out: Path) -> None:
@@ -198,6 +248,11 @@ def export_run(
             "final/adapter, with final/base if there is one"
         )
     parts = [Adapter(run.adapter(last)), *_residuals(run, last)]
+    if not parts[0].layers:
+        raise UserError(
+            f"{directory}: expected a run that trained adapters, got one of method full; "
+            "final/model is the model"
+        )
     check_out(out, apart_from=directory if merged else None)
     if merged:
         return _export_merged(model, parts, out, dtype, last, on_layer)
@@ -227,8 +282,12 @@ def _export_adapter(
             alpha=written,
             base=base,
             fan_in_fan_out=bool(server.config.get("fan_in_fan_out")),
+            settings=_task_settings(server),
+            full_weights=server.full_specs(),
         ) as writer,
     ):
+        for name in server.full_weights:
+            writer.write_full(name, server.file.blocks(name))
         for layer in shapes:
             joined = _sum_of(parts, layer)
             if rank is not None:
@@ -251,6 +310,12 @@ def _export_merged(
     base = BaseFiles(base_directory(model["path"], model.get("revision")))
     check_out(out, apart_from=base.path)
     server = parts[0]
+    if server.full_weights:
+        raise UserError(
+            "export: --merged: expected an adapter alone, got a trained head as well "
+            f"({server.full_weights[0]}, ...), which a base model has no place for; leave "
+            "--merged out"
+        )
     flag = bool(server.config.get("fan_in_fan_out"))
     names = {layer: _weight_of(base, layer) for layer in server.layers}
     intended = missed = 0.0
@@ -276,6 +341,11 @@ def _export_merged(
             on_layer(layer)
         writer.finish()
     return Exported(rounds=rounds, rank=0, error=(missed / intended) ** 0.5 if intended else 0.0)
+
+
+def _task_settings(server: Adapter) -> dict[str, Any]:
+    """Return what an adapter_config.json says of the task."""
+    return {k: v for k, v in server.config.items() if k in ("task_type", "modules_to_save")}
 
 
 def _sum_of(parts: list[Adapter], layer: str) -> LowRank:

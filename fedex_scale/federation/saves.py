@@ -7,6 +7,7 @@ a full disk is told soon; and before anything is done that needs the files.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
+
+from torch import Tensor
 
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
@@ -159,7 +162,9 @@ class Saver:
             self._last = distributed.on_main(behind)
 
     @phase("writing")
-    def _save_behind(self, place: Place, update: ClientUpdate, factors: Mapping[str, Pair]) -> None:
+    def _save_behind(
+        self, place: Place, update: ClientUpdate, factors: Mapping[str, Pair | Tensor]
+    ) -> None:
         """Have a finished client written, and then a checkpoint of this place."""
         self.settle()
         self._may_begin.clear()
@@ -232,7 +237,7 @@ class Saver:
 
     def adapter(self) -> Source:
         """Return the running client's adapter, by layer."""
-        return Adapter(self._run.checkpoint(self._last.number) / "adapter").pair
+        return Adapter(self._run.checkpoint(self._last.number) / "adapter").weights
 
     def restore(self) -> None:
         """Set the running client's moments and random states on this rank."""
@@ -241,7 +246,7 @@ class Saver:
 
     def _trained(
         self, train: Callable[[ClientProgress], ClientUpdate], begin: ClientProgress
-    ) -> tuple[ClientUpdate, dict[str, Pair]]:
+    ) -> tuple[ClientUpdate, dict[str, Pair | Tensor]]:
         """Train a client, and return what it sends."""
         update = train(begin)
         with phase("writing"):
@@ -300,7 +305,8 @@ class Saver:
 
 def adapter_bytes(config: Config, engine: Engine) -> int:
     """Return the bytes of one adapter's weights on disk, float32."""
-    return 4 * config.lora.rank * sum(sum(shape) for shape in engine.shapes().values())
+    whole = sum(math.prod(shape) for shape in engine.whole_shapes().values())
+    return 4 * (config.lora.rank * sum(sum(shape) for shape in engine.shapes().values()) + whole)
 
 
 def _snapshot_name() -> str:

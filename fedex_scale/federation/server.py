@@ -25,7 +25,13 @@ from fedex_scale.aggregation.deviation import Deviation
 from fedex_scale.aggregation.screening import screen
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, Source, set_adapter, set_side
+from fedex_scale.engine.build import (
+    Engine,
+    Source,
+    read_whole_weights,
+    set_adapter,
+    set_side,
+)
 from fedex_scale.federation.client import open_adapter
 from fedex_scale.federation.history import REPORT_FILE, History
 from fedex_scale.federation.state import ServerState
@@ -65,20 +71,28 @@ def starts(config: Config, engine: Engine, run: RunDir, round: int) -> Callable[
 
     With init: per_client, in the first round, a draw of its own, as in the paper's public code.
     """
+    weights = cache(Adapter(run.adapter(round - 1)).weights)
     if round == 1 and config.federation.init == "per_client":
-        return partial(fresh_adapter, config, engine)
-    pair = cache(Adapter(run.adapter(round - 1)).pair)
-    return lambda client: pair
+
+        def start(client: int) -> Source:
+            own = fresh_adapter(config, engine, client)
+            return lambda name: weights(name) if name in engine.whole else own(name)
+
+        return start
+    return lambda client: weights
 
 
 @phase("writing")
 def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
     """Write the adapter that the first round begins with."""
+    whole = dict(read_whole_weights(engine))
     if distributed.is_main():
         draw = fresh_adapter(config, engine)
         with open_adapter(engine, run.adapter(0), config.lora, config.model.path) as writer:
             for layer in engine.layers:
                 writer.write(layer, draw(layer))
+            for name, weight in whole.items():
+                writer.write(name, weight)
     distributed.barrier()
 
 
@@ -104,7 +118,7 @@ def show(engine: Engine, run: RunDir, state: ServerState) -> None:
     """Let the engine hold what clients train on: the server's adapter, and the side adapter."""
     if state.has_side and not engine.has_planes:
         set_side(engine, History(run, state.round).side)
-    set_adapter(engine, Adapter(run.adapter(state.round)).pair, side=state.has_side)
+    set_adapter(engine, Adapter(run.adapter(state.round)).weights, side=state.has_side)
 
 
 @phase("folding")
@@ -230,7 +244,7 @@ def _open_sinks(
     """Open the PEFT directories that a round's results are written to."""
     base, shapes, rank = config.model.path, engine.shapes(), config.lora.rank
     adapter = stack.enter_context(open_adapter(engine, path / "adapter", config.lora, base))
-    sinks = Sinks(adapter=adapter.write)
+    sinks = Sinks(adapter=adapter.write, whole=adapter.write_full)
     columns = base_update_rank(config.method, num_clients, rank)
     if columns and not is_streamed(num_clients, rank):
         residual = AdapterWriter(path / "residual", shapes, rank=columns, alpha=columns, base=base)

@@ -55,7 +55,7 @@ class Adapter:
         self.layers = tuple(self._layer_names())
         self.base_copies: dict[str, str] = {}
         self.full_weights = tuple(self._full_weights())
-        if not self.layers:
+        if not (self.layers or self.full_weights):
             raise UserError(
                 f"{self.path}: expected LoRA weights, found none; is it a LoRA adapter?"
             )
@@ -66,6 +66,21 @@ class Adapter:
         """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
         self.shapes(layer)
         return Pair(*(self.file.read(_key(layer, name)) for name in "AB"))
+
+    def weights(self, name: str) -> Pair | Tensor:
+        """Return a layer's factors, or a whole weight by its name in the base model."""
+        key = f"{_PREFIX}{name}"
+        return self.file.read(key) if key in self.full_weights else self.pair(name)
+
+    def full_block(self, name: str, span: tuple[int, int]) -> Tensor:
+        """Return some elements of a whole weight, by its name in the file."""
+        (block,) = self.file.blocks(name, span)
+        return block
+
+    def full_specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of every whole weight, by its name in the file."""
+        entries = self.file.entries
+        return {name: (entries[name].dtype, entries[name].shape) for name in self.full_weights}
 
     def shapes(self, layer: str) -> tuple[int, int]:
         """Return (O, I) of one layer without reading its tensors."""
@@ -207,21 +222,24 @@ class AdapterWriter:
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         self._writer = SafetensorsWriter(directory / WEIGHTS_FILE, specs)
 
-    def write(self, layer: str, pair: Pair) -> None:
-        """Write a layer's factors, or raise a UserError where one is not finite."""
+    def write(self, layer: str, pair: Pair | Tensor) -> None:
+        """Write a layer's factors, or a whole weight; a UserError where one is not finite."""
+        if isinstance(pair, Tensor):
+            self._writer.write(f"{_PREFIX}{layer}", pair)
+            return
         check_finite(layer, pair)
         self._writer.write(_key(layer, "A"), pair.A_RI)
         self._writer.write(_key(layer, "B"), pair.B_OR)
 
-    def write_all(self, pairs: Mapping[str, Pair]) -> None:
-        """Write every layer, where they are in memory."""
-        self._writer.write_whole(
-            {
-                _key(layer, name): factor
-                for layer, pair in pairs.items()
-                for name, factor in zip("AB", pair, strict=True)
-            }
-        )
+    def write_all(self, pairs: Mapping[str, Pair | Tensor]) -> None:
+        """Write every layer and whole weight, where they are in memory."""
+        tensors = {}
+        for layer, pair in pairs.items():
+            if isinstance(pair, Tensor):
+                tensors[f"{_PREFIX}{layer}"] = pair
+            else:
+                tensors |= {_key(layer, x): f for x, f in zip("AB", pair, strict=True)}
+        self._writer.write_whole(tensors)
 
     def write_full(self, name: str, blocks: Iterator[Tensor]) -> None:
         """Write a whole weight that comes along, as flat parts."""
@@ -311,19 +329,44 @@ def peft_config(
     }
 
 
+def full_specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple]]:
+    """Return `AdapterWriter`'s full_weights of weights by their names in the base model."""
+    return {f"{_PREFIX}{name}": (torch.float32, shape) for name, shape in shapes.items()}
+
+
+def base_name(name: str) -> str:
+    """Return what the base model calls a weight that an adapter's file holds."""
+    return name.removeprefix(_PREFIX)
+
+
 def write_joined(
-    directory: Path, adapters: Sequence[Adapter], *, base: str, fan_in_fan_out: bool = False
+    directory: Path,
+    adapters: Sequence[Adapter],
+    *,
+    base: str,
+    fan_in_fan_out: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one adapter that does what all of them do together, layer by layer.
 
-    Its rank is the sum of theirs and its scaling 1: B holds each one's scaling.
+    Its rank is the sum of theirs and its scaling 1: B holds each one's scaling. Whole weights are
+    the first one's.
     """
     first = adapters[0]
     rank = sum(adapter.rank for adapter in adapters)
     shapes = {layer: first.shapes(layer) for layer in first.layers}
     with AdapterWriter(
-        directory, shapes, rank=rank, alpha=rank, base=base, fan_in_fan_out=fan_in_fan_out
+        directory,
+        shapes,
+        rank=rank,
+        alpha=rank,
+        base=base,
+        fan_in_fan_out=fan_in_fan_out,
+        settings=settings,
+        full_weights=first.full_specs(),
     ) as writer:
+        for name in first.full_weights:
+            writer.write_full(name, first.file.blocks(name))
         for layer in first.layers:
             pairs = [(x.pair(layer).float(), x.scaling_of(layer)) for x in adapters]
             writer.write_sum(layer, [LowRank(pair.B_OR * s, pair.A_RI) for pair, s in pairs])

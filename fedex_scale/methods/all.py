@@ -16,4 +16,5 @@ METHODS: dict[str, Method] = {
     "flexlora": Method(flexlora.update),
     "lora_fair": Method(lora_fair.update),
     "centralized": Method(fedit.update, one_client=True),
+    "full": Method(fedit.update, trains=frozenset()),  # of no layer: weights are averaged whole
 }

@@ -30,6 +30,7 @@ from fedex_scale.planning.plan import PLAIN, Estimate, estimate
 from fedex_scale.rounds import choose_clients
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.tasks.all import kind_without_rows
 
 TITLES = {"gpu": "each GPU", "host": "host RAM", "nvme": "NVMe", "disk": "disk"}
 _GB = 1e9
@@ -98,7 +99,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
             num_clients=sizes.clients,
             rounds=config.federation.rounds,
             method=config.method,
-            initial=sizes.weights.base,
+            initial=sizes.weights.base + sizes.weights.head * sizes.kind.everything,
+            head=sizes.weights.head * (not sizes.kind.everything),
         ),
     )
 
@@ -210,6 +212,8 @@ class _Sizes:
         number = 1 if method.one_client else config.partition.num_clients
         self.clients = len(choose_clients(config.federation, number, 0, 1))
         self.side = Side.of(config, self.clients)
+        kind = kind_without_rows(config)
+        self.kind = dataclasses.replace(kind, everything=config.method.name == "full")
         self._model = footprint.shape_model(
             config.model,
             config.lora,
@@ -218,6 +222,7 @@ class _Sizes:
             side_rank=self.side.trained,
             has_planes=config.aggregate.fold == "planes" and self.side.each > 0,
             fused=config.engine.fused_lora,
+            kind=self.kind,
         )
         self.weights = footprint.count_weights(self._model)
         self._works: dict[tuple, Work] = {}
@@ -232,6 +237,7 @@ class _Sizes:
                     length=config.data.max_length,
                     checkpointing=config.model.gradient_checkpointing,
                     device="cpu" if self.machine.is_cpu else "cuda",
+                    kind=self.kind,
                 )
             except RuntimeError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

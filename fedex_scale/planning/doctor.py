@@ -22,6 +22,7 @@ from fedex_scale.engine.ds_config import read_ds_config
 from fedex_scale.planning.machine import available_ram
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.scoring import evaluation
+from fedex_scale.tasks.all import kind_without_rows
 
 HUB = "https://huggingface.co"
 STALE_LOCK_S = 600
@@ -154,7 +155,9 @@ def _config(config: Config) -> Iterator[Finding]:
 
 
 def _check_model(config: Config) -> None:
-    models.load_tokenizer(config.model)
+    kind = kind_without_rows(config)
+    models.check_kind(config.model, kind)
+    models.load_processor(config.model, kind)
     if config.train.packing:
         models.check_packing(config.model)
 
@@ -210,7 +213,9 @@ def _compare(name: str, text: str, there: int, needed: int | None, remedy: str) 
 
 def _sizes(config: Config) -> tuple[int, int]:
     """Return the bytes of the base's weights in memory, and of all adapters on disk, about."""
-    model = models.meta_model(config.model, models.base_config(config.model, offline=True))
+    kind = kind_without_rows(config)
+    settings = models.base_config(config.model, offline=True, kind=kind)
+    model = models.meta_model(config.model, settings, kind)
     size = {"int8": 1, "nf4": 0.5}.get(
         config.model.quantization, models.resolve_dtype(config.model).itemsize
     )

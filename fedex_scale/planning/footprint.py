@@ -21,13 +21,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM
+from transformers import PretrainedConfig
 
 from fedex_scale.config.learning import LoraSection, ModelSection
-from fedex_scale.engine import lora_model, models
+from fedex_scale.engine import lora_model, models, whole
 from fedex_scale.engine.head import rows_of_a_piece
 from fedex_scale.engine.lora_model import CLIENT, SIDE
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.tasks.interface import CAUSAL, ModelKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Weights:
     Fields:
         base: of the frozen base; `linear` of them in layers that quantization packs.
         largest: of its largest weight.
-        client, side: of the two adapters; `trained` of the first.
+        client, side: of the two adapters; `trained` of the first, and of the head.
+        head: of what is trained whole.
         shapes: (O, I) of each adapted layer.
     """
 
@@ -47,6 +49,7 @@ class Weights:
     client: int
     side: int
     trained: int
+    head: int
     shapes: dict[str, tuple[int, int]]
 
 
@@ -76,6 +79,7 @@ def shape_model(
     side_rank: int,
     has_planes: bool = False,
     fused: bool = True,
+    kind: ModelKind = CAUSAL,
 ) -> PeftModel:
     """Return the adapted model on the meta device, as clients train on it in the last round.
 
@@ -87,10 +91,10 @@ def shape_model(
     Raises:
         UserError: its config cannot be had or read, or describes no model.
     """
-    config = models.base_config(section, offline=True)
+    config = models.base_config(section, offline=True, kind=kind)
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(
+            base = kind.model_class.from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=models.attention(section, config),
@@ -104,7 +108,9 @@ def shape_model(
     base.requires_grad_(False)
     rank = max(1, side_rank)
     with torch.device("meta"):  # PEFT would put the first adapter on the CPU
-        model = lora_model.add_adapters(base, lora, trains=trains, side_rank=rank, fused=fused)
+        model = lora_model.add_adapters(
+            base, lora, trains=trains, side_rank=rank, kind=kind, fused=fused
+        )
     if has_planes:
         for layer in lora_model.lora_layers(model).values():
             lora_model.make_plane(layer)
@@ -112,21 +118,22 @@ def shape_model(
             plane_OI = torch.empty(shape, dtype=dtype, device="meta")
             layer.lora_B[SIDE].weight = nn.Parameter(plane_OI, requires_grad=False)
     if side_rank or has_planes:
-        lora_model.activate(model, [CLIENT, SIDE], trains=trains)
+        heads = whole.head_modules(base, kind)
+        lora_model.activate(model, [CLIENT, SIDE], trains=trains, heads=heads)
     return model
 
 
 def count_weights(model: PeftModel) -> Weights:
     """Count a model's numbers."""
-    parts = {CLIENT: 0, SIDE: 0, "base": 0}
+    parts = {CLIENT: 0, SIDE: 0, "base": 0, "head": 0}
     largest = 0
     for name, parameter in model.named_parameters():
         part = next(
             (p for p in (CLIENT, SIDE) if f".lora_A.{p}." in name or f".lora_B.{p}." in name),
-            "base",
+            "head" if parameter.requires_grad else "base",
         )
         parts[part] += parameter.numel()
-        if part == "base":
+        if part in ("base", "head"):
             largest = max(largest, parameter.numel())
     layers = lora_model.lora_layers(model)
     head = model.get_base_model().get_output_embeddings()
@@ -138,6 +145,7 @@ def count_weights(model: PeftModel) -> Weights:
         linear=sum(count for key, count in packed.items() if key not in adapters),
         largest=largest,
         client=parts[CLIENT],
+        head=parts["head"],
         side=parts[SIDE],
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         shapes={n: (x.out_features, x.in_features) for n, x in layers.items()},
@@ -145,16 +153,22 @@ def count_weights(model: PeftModel) -> Weights:
 
 
 def run_shapes(
-    model: PeftModel, *, examples: int, length: int, checkpointing: bool, device: str = "cpu"
+    model: PeftModel,
+    *,
+    examples: int,
+    length: int,
+    checkpointing: bool,
+    device: str = "cpu",
+    kind: ModelKind = CAUSAL,
 ) -> Work:
     """Run a micro-batch forward and backward on shapes, and count.
 
     Args:
-        examples: of the micro-batch, each of `length` tokens, without padding.
+        examples: of the micro-batch, each of `length` tokens, without padding, or an image.
         device: the type of what it will run on, such as cuda.
     """
     base = model.get_base_model()
-    if checkpointing:
+    if checkpointing and hasattr(base, "get_input_embeddings"):
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     elif base.is_gradient_checkpointing:
@@ -163,15 +177,18 @@ def run_shapes(
     model.train()
     labels = torch.zeros(examples, length, dtype=torch.int64)
     tokens = labels.to("meta")
+    inputs = {"input_ids": tokens}
     mode = _Counter(model)
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: mode.leave_out(p.grad))
         for p in model.parameters()
         if p.requires_grad
     ]
+    if kind.has_head:
+        return _run_with_head(model, mode, hooks, kind, inputs, examples)
     with _fused_attention(), mode:
         output = model(
-            input_ids=tokens,
+            **inputs,
             labels=labels,
             use_cache=False,
             num_items_in_batch=examples * length,
@@ -194,6 +211,41 @@ def run_shapes(
         peak_bytes=mode.peak_bytes,
         flops=mode.flops,
     )
+
+
+def _run_with_head(
+    model: PeftModel,
+    mode: _Counter,
+    hooks: list,
+    kind: ModelKind,
+    inputs: dict[str, Tensor],
+    examples: int,
+) -> Work:
+    """Run a micro-batch whose loss is that of a few labels."""
+    config = model.get_base_model().config
+    number = torch.float32 if config.num_labels == 1 else torch.int64
+    if kind.task_type is None:
+        shape = (examples, getattr(config, "num_channels", 3), *_sides(config))
+        inputs = {"pixel_values": torch.empty(shape, device="meta")}
+    else:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["labels"] = torch.zeros(examples, dtype=number, device="meta")
+    with _fused_attention(), mode:
+        loss = kind.loss(model, inputs, examples)
+        kept = mode.live_bytes
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    return Work(kept_bytes=kept, logits_bytes=0, peak_bytes=mode.peak_bytes, flops=mode.flops)
+
+
+def _sides(config: PretrainedConfig) -> tuple[int, int]:
+    """Return an image's height and width."""
+    size = getattr(config, "image_size", None)
+    if size is None:  # of a timm model
+        size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
 @contextmanager

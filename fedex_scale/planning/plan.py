@@ -26,7 +26,7 @@ PROCESS_BYTES = 700_000_000
 GPU_BYTES = 1_200_000_000
 # Of a wide PCIe 4.0 link, and of a good NVMe disk.
 LINK_BYTES_S, NVME_BYTES_S = 20e9, 3e9
-_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
 PLACES = ("gpu", "host", "nvme", "disk")
 
 
@@ -138,9 +138,10 @@ def _weights(
     base = _base_bytes(config, weights, dtype)
     sharded = stage == 3
     # Plain PyTorch trains the client adapter in float32; DeepSpeed has masters of its own.
-    adapters = (dtype.itemsize if stage else 4) * weights.client + dtype.itemsize * weights.side
+    trained = weights.client + weights.head
+    adapters = (dtype.itemsize if stage else 4) * trained + dtype.itemsize * weights.side
     # The server's on each rank, and on one the last client's until it is written.
-    between = (ranks + 1) * 4 * weights.client
+    between = (ranks + 1) * 4 * trained
     needs = [
         Need(name="adapters", gpu=adapters / (ranks if sharded else 1)),
         Need(name="adapters between clients", host=between),
@@ -272,7 +273,7 @@ def _scoring(
 
 def _files(config: Config, weights: Weights, dtype: torch.dtype, clients: int) -> list[Need]:
     """Return what a run writes; the model's own files are read and not counted."""
-    rounds, adapter = config.federation.rounds, 4 * weights.client
+    rounds, adapter = config.federation.rounds, 4 * (weights.client + weights.head)
     columns = sum(o + i for o, i in weights.shapes.values())
     update = base_update_rank(config.method, clients, config.lora.rank)
     fold = config.aggregate.fold

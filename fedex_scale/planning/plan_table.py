@@ -19,7 +19,7 @@ def show(plan: Plan) -> Iterator[RenderableType]:
     model, train = plan.config.model, plan.config.train
     how = "with" if model.gradient_checkpointing else "without"
     yield (
-        f"{model.path}: {plan.weights.base / _GB:.2f} billion weights, "
+        f"{model.path}: {(plan.weights.base + plan.weights.head) / _GB:.2f} billion weights, "
         f"{plan.weights.trained / 1e6:.1f} million trained; micro-batches of "
         f"{train.micro_batch_size} x {plan.config.data.max_length} tokens, {how} gradient "
         f"checkpointing; {_describe(plan.machine)}"

@@ -14,10 +14,22 @@ from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import record
 from fedex_scale.runtime.outputs import write_file
+from fedex_scale.runtime.scores import score_text
 
 CARD_FILE = "README.md"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
+# By what PEFT calls the kind of task.
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    None: "AutoModelForImageClassification",
+}
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    None: "image-classification",
+}
 FOLDERS = {
     "exact_adapter": "one PEFT adapter with every round's residual, for the untouched base",
     "adapter": "the server's last adapter, for the untouched base",
@@ -35,11 +47,14 @@ def write(run: RunDir) -> Path:
     folders = dict(FOLDERS) | (
         {"adapter": "the server's last adapter, for `base`"} if changed else {}
     )
-    rank = Adapter(run.final / adapter).rank
+    opened = Adapter(run.final / adapter)
+    rank, kind = opened.rank, opened.config["task_type"]
     data, targets = config["data"], config["lora"]["target_modules"]
     base = base_name(config["model"]["path"])
     fields = {
-        "metadata": metadata(tree, base).to_yaml(),
+        "metadata": metadata(tree, base, PIPELINES[kind]).to_yaml(),
+        "model_class": CLASSES[kind],
+        "has_head": bool(opened.full_weights),
         "name": title(tree, base),
         "base": base,
         "local_base": base != config["model"]["path"],
@@ -63,8 +78,10 @@ def write(run: RunDir) -> Path:
         "adapter_rank": rank,
         "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
         "served": config["method"]["name"],
-        "prompt": SCHEMAS[data["schema"]].prompt if data["schema"] in SCHEMAS else None,
+        "prompt": None,
     }
+    if kind == "CAUSAL_LM" and data["schema"] in SCHEMAS:
+        fields["prompt"] = SCHEMAS[data["schema"]].prompt
     pages = Environment(
         loader=PackageLoader("fedex_scale", "reporting"),
         undefined=StrictUndefined,
@@ -77,13 +94,13 @@ def write(run: RunDir) -> Path:
     return path
 
 
-def metadata(tree: Mapping[str, Any], base: str) -> ModelCardData:
+def metadata(tree: Mapping[str, Any], base: str, pipeline: str) -> ModelCardData:
     """Return the hub's metadata: what it was made from, by what, and how it scores."""
     config = tree["config"]
     source = config["data"]["path"]
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=pipeline,
             dataset_type=score["task"],
             dataset_name=score["task"],
             metric_type=score["metric"].partition("/")[0],
@@ -95,7 +112,7 @@ def metadata(tree: Mapping[str, Any], base: str) -> ModelCardData:
     return ModelCardData(
         base_model=base,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         datasets=[source] if _is_hub_id(source) else None,
         tags=["lora", "federated-learning", "fedex_scale", config["method"]["name"]],
         model_name=title(tree, base) if results else None,
@@ -149,4 +166,4 @@ def _percent(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "-"
     error = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
-    return f"{score['value']:.1%}{error}"
+    return f"{score_text(score['metric'], score['value'])}{error}"

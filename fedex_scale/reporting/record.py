@@ -23,6 +23,7 @@ from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.runtime.outputs import write_file
+from fedex_scale.runtime.scores import best_round
 
 FORMAT = 1
 REPORT_FILE = "report.json"
@@ -70,13 +71,14 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
     return {
         "format": FORMAT,
         "name": run.path.resolve().name,
-        "finished": (run.final / "adapter").is_dir(),
+        "finished": any((run.final / name).is_dir() for name in ("adapter", "model")),
         "rounds_done": len(rounds),
         "rounds_planned": planned,
         "config": config,
         "facts": dict(known),
         "partition": _read_json(run.path / "partition.json", "clients"),
-        "scores": _scores(run),
+        "scores": (scores := _scores(run)),
+        "best": _best(scores),
         "steps": _of(events, "step"),
         "clients": _of(events, "client"),
         "failures": _of(events, "failure"),
@@ -138,6 +140,17 @@ def _scores(run: RunDir) -> list[dict[str, Any]]:
     return scores
 
 
+def _best(scores: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the best round of each score and its value, where several rounds were scored."""
+    by_round: dict[str, dict[int, float]] = {}
+    for score in scores:
+        if score["round"]:
+            name = f"{score['task']}/{score['metric']}"
+            by_round.setdefault(name, {})[score["round"]] = score["value"]
+    best = {name: best_round(name, own) for name, own in by_round.items() if len(own) > 1}
+    return {name: {"round": k, "value": by_round[name][k]} for name, k in best.items()}
+
+
 def _communication(
     run: RunDir, config: Mapping[str, Any], known: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -153,10 +166,13 @@ def _communication(
         "num_clients": 1 if single else max(1, int(fraction * population + 0.5)),
         "rounds": federation["rounds"],
         "initial": known.get("base_parameters", 0),
+        "head": known.get("head_parameters", 0),
         "initial_dtype_bytes": 4 if known.get("dtype") == "float32" else 2,
     }
     shapes = {layer: server.shapes(layer) for layer in server.layers}
     own = communication.traffic(shapes, method=method, **settings)
+    if own.method == communication.FULL:
+        return [own.as_dict() | {"label": communication.label(own)}]
     settings["num_clients"] = max(1, int(fraction * population + 0.5))
     others = communication.compare(shapes, methods=("fedit", "ffa", "fedex"), **settings)
     rows = [own, *(row for row in others if row != own)]

@@ -10,6 +10,7 @@ from fedex_scale.reporting.deviations import depth, observations, projection
 from fedex_scale.reporting.settings import facts
 from fedex_scale.reporting.training import scores_at, short
 from fedex_scale.reporting.words import Table, count, duration, percent, score_of, table
+from fedex_scale.runtime.scores import score_text
 
 SECTIONS = (
     ("glance", "At a glance", ""),
@@ -51,7 +52,7 @@ def tiles(run: Record) -> list[tuple[str, str]]:
     shown = []
     before, after = scores_at(run, 0, before=True), scores_at(run, -1)
     for name, score in list(after.items())[:3]:
-        first = f"{before[name]['value']:.1%} → " if name in before else ""
+        first = f"{score_text(name, before[name]['value'])} → " if name in before else ""
         shown.append((first + score_of(score), short(name)))
     if run["rounds"]:
         last = run["rounds"][-1]
@@ -79,13 +80,21 @@ def scores(records: Sequence[Record]) -> list[Table]:
     names = list(dict.fromkeys(name for found in (*after, before) for name in found))
     if not names:
         return []
+    best = records[0]["best"] if len(records) == 1 else {}
     heads = [run["name"] for run in records] if len(records) > 1 else ["after"]
+    heads, caption = heads + ["best round"] * bool(best), "± one standard error."
+    if best:
+        caption += " The best round is chosen on these same examples; after is the last one."
     rows = []
     for name in names:
         known = [found[name] for found in (before, *after) if name in found]
         examples = str(known[0]["examples"] or "")
-        rows.append([short(name), examples, *(score_of(x.get(name)) for x in (before, *after))])
-    return [table(["task", "examples", "before", *heads], rows, caption="± one standard error.")]
+        row = [short(name), examples, *(score_of(x.get(name)) for x in (before, *after))]
+        if best:
+            own = best.get(name)
+            row.append(f"{score_text(name, own['value'])} ({own['round']})" if own else "-")
+        rows.append(row)
+    return [table(["task", "examples", "before", *heads], rows, caption=caption)]
 
 
 def clients(records: Sequence[Record]) -> list[Table]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedex_scale.reporting.chart import Record
+from fedex_scale.runtime.scores import score_text
 
 Table = dict[str, Any]
 """head, rows, caption; facts: cells are text; wide: it takes the page's width."""
@@ -37,7 +38,7 @@ def duration(seconds: float) -> str:
 
 
 def score_of(score: Record | None) -> str:
-    return f"{score['value']:.1%}{error_of(score)}" if score else "-"
+    return f"{score_text(score['metric'], score['value'])}{error_of(score)}" if score else "-"
 
 
 def error_of(score: Record) -> str:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedex_scale.runtime import distributed
+from fedex_scale.runtime.scores import best_round, score_text
 from fedex_scale.runtime.trackers import Trackers
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -47,7 +48,7 @@ class Monitor:
         )
         self._task = self._progress.add_task("starting", total=total_steps, state="")
         self._progress.update(self._task, completed=self._done)
-        self._scores: dict[str, list[float]] = {}
+        self._scores: dict[str, dict[int, float]] = {}  # by round
         self._cap_told = False
         for fields in self._before:
             if fields["event"] == "eval":
@@ -90,15 +91,29 @@ class Monitor:
     def close(self, written: Mapping[str, Path]) -> None:
         """Show what came out: scores before and after, and where the files are."""
         if self._scores:
-            table = Table(box=None, pad_edge=False, title="scores", title_justify="left")
-            for column in ("", "before", "after"):
-                table.add_column(column, justify="left" if not column else "right")
-            for name, values in self._scores.items():
-                first = f"{values[0]:.1%}" if len(values) > 1 else "-"
-                table.add_row(name, first, f"{values[-1]:.1%}")
-            self.console.print(table)
+            self.console.print(self._table())
         for name, path in written.items():
             self.say(f"{name}: {path}")
+
+    def _table(self) -> Table:
+        """Return the scores before and after; of several rounds also the best, by its round."""
+        several = any(len(values.keys() - {0}) > 1 for values in self._scores.values())
+        table = Table(box=None, pad_edge=False, title="scores", title_justify="left")
+        for column in (
+            "",
+            "before",
+            "last round" if several else "after",
+            *["best round"] * several,
+        ):
+            table.add_column(column, justify="left" if not column else "right")
+        for name, values in self._scores.items():
+            first = score_text(name, values[0]) if 0 in values and len(values) > 1 else "-"
+            row = [name, first, score_text(name, values[max(values)])]
+            if several:
+                best = best_round(name, {k: v for k, v in values.items() if k})
+                row.append(f"{score_text(name, values[best])} ({best})")
+            table.add_row(*row)
+        return table
 
     def _step(self, fields: dict[str, Any]) -> None:
         now = time.perf_counter()
@@ -142,13 +157,13 @@ class Monitor:
     def _eval(self, fields: dict[str, Any]) -> None:
         when = f"after round {fields['round']}" if fields["round"] else "before training"
         scores = self._add_scores(fields)
-        listed = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+        listed = ", ".join(f"{name} {score_text(name, value)}" for name, value in scores.items())
         self.say(f"{when}: {listed} ({_duration(fields['took_s'])})")
 
     def _add_scores(self, fields: Mapping[str, Any]) -> dict[str, float]:
         scores = {k: v for k, v in fields.items() if "/" in k}
         for name, value in scores.items():
-            self._scores.setdefault(name, []).append(value)
+            self._scores.setdefault(name, {})[fields["round"]] = value
         return scores
 
     def _seconds_before(self) -> float:

@@ -26,7 +26,8 @@ from fedex_scale.data.suites import data_root
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.scoring import stock_tasks
-from fedex_scale.scoring.spread import is_partitioned, spread_requests
+from fedex_scale.scoring.spread import spread_requests
+from fedex_scale.tasks.predict import is_partitioned
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -88,7 +89,7 @@ def evaluate(
 
     check_batch_size(section, partitioned=is_partitioned(model))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with _as_it_was(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+    with as_it_was(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=_wants_bos(model))
         spread_requests(lm, section.batch_size)
         manager = _task_manager(section)
@@ -113,7 +114,8 @@ def write_results(results: dict[str, Any], directory: Path) -> None:
     with (directory / "samples.jsonl").open("w", encoding="utf-8") as file:
         for task, rows in samples.items():
             for row in rows:
-                file.write(json.dumps(_sample(task, row), default=str) + "\n")
+                line = row if "verdict" in row else _sample(task, row)
+                file.write(json.dumps(line, default=str) + "\n")
 
 
 def scores(results: dict[str, Any]) -> dict[str, float]:
@@ -127,13 +129,14 @@ def scores(results: dict[str, Any]) -> dict[str, float]:
 
 
 def warnings(results: dict[str, Any]) -> list[str]:
-    """Return a line for each task some of whose rows have an answer that cannot be read."""
-    return [
+    """Return a line for each task some of whose answers cannot be read, and what was left out."""
+    unparsed = [
         f"{task}: the answers of {value} rows cannot be read; they count as wrong"
         for task, metrics in results.get("results", {}).items()
         for metric, value in metrics.items()
         if metric.startswith("unparsed_gold,") and value and task in results["configs"]
     ]
+    return unparsed + results.get("notes", [])
 
 
 def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave training mode and every random state as they are now."""
     modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()

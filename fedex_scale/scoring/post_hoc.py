@@ -140,6 +140,12 @@ def paper_scores(model: str, method: str) -> dict[str, float]:
 def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subject:
     config = load_config(run.path / "config.yaml")
     final, exact = run.final / "adapter", run.final / "exact_adapter"
+    whole = run.final / "model"
+    if whole.is_dir():
+        model = replace(config.model, path=str(whole), revision=None)
+        section = replace(config.evaluation, **asked)
+        out = run.path / "evaluations" / "scored"
+        return Subject(model=model, adapter=adapter, section=section, out=out)
     if not final.is_dir():
         raise UserError(f"{run.path}: expected a finished run, found no {final}; let it finish")
     section, model = config.evaluation, config.model

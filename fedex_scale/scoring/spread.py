@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fedex_scale.runtime import distributed
+from fedex_scale.tasks.predict import is_partitioned
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -43,11 +44,6 @@ def spread_requests(lm: HFLM, batch_size: BatchSize) -> None:
         finish = partial(_keep_up, lm, name) if in_step else lambda: None
         answer = partial(_answer, lm, getattr(lm, name), deal, finish, batch_size)
         setattr(lm, name, answer)
-
-
-def is_partitioned(model: torch.nn.Module) -> bool:
-    """Tell whether a forward pass gathers weights from the other ranks."""
-    return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
 
 
 def _answer(

@@ -20,6 +20,7 @@ from fedex_scale.methods.algebra import LowRank, Pair
 from fedex_scale.federation.client import train_client
 from fedex_scale.config.learning import TrainSection
 from fedex_scale.data.batching import Examples
+from fedex_scale.tasks.instruct import Tokens
 from fedex_scale.engine.build import (
     Engine,
     Source,
@@ -103,14 +104,13 @@ def train(engine: Engine, start: dict[str, Pair], client: int) -> dict:
     losses: list[float] = []
     train_client(
         engine,
-        examples,
+        Tokens(examples, pad_id=2),
         given(start),
         TrainSection(batch_size=8, micro_batch_size=2, local_epochs=2, weight_decay=0.01),
         seed=0,
         round=1,
         client=client,
         side=False,
-        pad_id=2,
         on_step=lambda fields: losses.append(fields["loss"]),
     )
     return {"losses": losses, "pairs": dict(read_pairs(engine))}

@@ -117,7 +117,7 @@ def test_clients_train_on_a_gpu_and_leave_it(config: Path) -> None:
                 collate(examples, [0, 1], fallback=0, pad_id=0),
                 pack(examples, [2, 3], fallback=0),
             ]
-            engines.train_step(engine, batches, tokens=15, lr=1e-3)
+            engines.train_step(engine, batches, units=15, lr=1e-3)
             moments = engine.optimizer.state.values()
             assert {state["exp_avg"].device for state in moments} == {GPU}
             assert {tensor.device for tensor in everything(engine)} == {GPU}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heads import write_head_config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -138,3 +139,52 @@ def test_a_goal_is_judged_by_the_median() -> None:
     assert Ratio(name="", values=values, at_least=31).goal == "goal >= 31: missed"
     assert Ratio(name="", values=values, at_most=1.02).goal == "goal <= 1.02: missed"
     assert Ratio(name="", values=values).goal == ""
+
+
+def test_differences_over_seeds_are_wider_than_over_examples_alone() -> None:
+    import numpy as np
+    from methods_page import interval, over_seeds
+
+    changes = [np.full(50, change) for change in (-0.2, 0.1, 0.4)]
+    low, high = over_seeds(changes)
+    assert (low, high) == pytest.approx((-0.2, 0.4), abs=0.11)
+    assert interval(changes[0]) == pytest.approx((-0.2, -0.2))
+
+
+def test_a_page_keeps_the_tables_of_which_no_line_is_at_hand() -> None:
+    from methods import Sizes, as_markdown
+    from methods_page import with_kept
+
+    line = {"key": ["here", "shared", 0, "fedit"], "seconds": 1, "verdicts": {"t/x": [1.0]}}
+    old = as_markdown([line | {"key": ["there", "shared", 0, "fedit"]}], Sizes(), "tiny")
+    page = with_kept(as_markdown([line], Sizes(), "tiny"), old)
+    assert page.count("## here") == page.count("## there") == page.count("## Not run here") == 1
+    assert with_kept(as_markdown([line], Sizes(), "tiny"), page) == page
+
+
+def test_a_line_is_compact_and_read_back(tmp_path: Path) -> None:
+    from methods import packed
+    from methods_page import read_rows
+
+    assert packed([1.0, 0.0, 1.0]) == "101"
+    assert packed([0.25, 1 / 3]) == [0.25, 0.3333]
+    line = {"key": [], "seconds": 1, "verdicts": {"a": "101", "b": [0.25]}}
+    (tmp_path / "lines").write_text(json.dumps(line) + "\n")
+    (row,) = read_rows(tmp_path / "lines")
+    assert row["verdicts"] == {"a": [1.0, 0.0, 1.0], "b": [0.25]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", ["rank", "assignment", "deviation"])
+def test_sweeps_go_on_where_they_were_stopped(sweep: str, tmp_path: Path) -> None:
+    config = write_head_config(tmp_path, train={"local_epochs": 1})
+    lines = tmp_path / "lines.jsonl"
+    where = ("--config", str(config), "--lines", str(lines), "--out", str(tmp_path / "out"))
+    done = run("sweeps", "none", "--sweep", sweep, *where)
+    assert done.returncode == 0, done.stderr
+    measured = lines.read_text()
+    assert len(measured.splitlines()) == (4 if sweep == "rank" else 2)
+    assert "paper" in done.stdout
+    again = run("sweeps", "none", "--sweep", sweep, *where)
+    assert lines.read_text() == measured
+    assert again.stdout == done.stdout

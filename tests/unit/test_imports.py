@@ -31,6 +31,7 @@ ROOMS = (
     "engine",
     "aggregation",
     "files",
+    "tasks",
     "data",
     "methods",
     "config",

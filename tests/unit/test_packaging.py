@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,9 +42,13 @@ PYTHONS = {
 }
 
 
+LARGE_EXTRAS = ("nlg", "images")
+"""Which `make install` leaves out: 100 MB of METEOR's data, and vision models."""
+
+
 def test_every_declared_dependency_is_pinned_and_installed_as_pinned() -> None:
     pins = read_pins()
-    for name in (requirement.name for requirement in declared_requirements()):
+    for name in (requirement.name for requirement in declared_requirements(but=LARGE_EXTRAS)):
         assert version(name).partition("+")[0] == pins[canonicalize_name(name)], name
 
 
@@ -150,10 +155,11 @@ def read_pins() -> dict[str, str]:
     return pins
 
 
-def declared_requirements() -> list[Requirement]:
+def declared_requirements(*, but: Sequence[str] = ()) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
-    return [Requirement(line) for line in sum(extras, project["dependencies"])]
+    extras = project["optional-dependencies"]
+    chosen = [lines for name, lines in extras.items() if name not in but]
+    return [Requirement(line) for line in sum(chosen, project["dependencies"])]
 
 
 def make_install(

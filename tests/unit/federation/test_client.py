@@ -120,5 +120,5 @@ def test_every_module_trains_in_training_mode(tiny_llama: Path) -> None:
     )
     engine.model.get_base_model().eval()  # as a loaded model is, whatever its wrapper says
     ids = torch.arange(8)[None]
-    train_step(engine, [{"input_ids": ids, "labels": ids}], tokens=7, lr=1e-3)
+    train_step(engine, [{"input_ids": ids, "labels": ids}], units=7, lr=1e-3)
     assert all(module.training for module in engine.model.modules())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from heads import write_head_config
 from resuming import assert_same_result, events, write_config
 
 from fedex_scale.federation import checkpoint
@@ -70,7 +71,20 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
 def test_interrupted_after_every_checkpoint(
     case: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = CASES[case]
+    check_interrupted(config, case, CASES[case], monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["fedex", "full"])
+def test_a_head_is_resumed_to_the_same_bits(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_head_config(tmp_path, run={"overwrite": False}, lora={"dropout": 0.1})
+    check_interrupted(config, method, [f"method.name={method}"], monkeypatch)
+
+
+def check_interrupted(
+    config: Path, case: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(config, f"{case}-whole", *options)
     parts, starts = RunDir(directory(config, f"{case}-parts")), 0
     while not (parts.final / "adapter").exists():

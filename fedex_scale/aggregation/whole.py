@@ -1,0 +1,41 @@
+"""The mean of weights that clients train whole, such as a head: part by part, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.tensorfile import BLOCK_BYTES
+from fedex_scale.runtime.errors import UserError
+
+
+def mean_blocks(
+    clients: Sequence[Adapter], weights: Sequence[float], name: str
+) -> Iterator[Tensor]:
+    """Yield the clients' weighted mean of a whole weight, part by part.
+
+    Args:
+        weights: one a client, summing to 1.
+        name: of the weight in the clients' files.
+
+    Raises:
+        UserError: a client's is not finite.
+    """
+    entry = clients[0].file.entries[name]
+    count, step = math.prod(entry.shape), BLOCK_BYTES // torch.float64.itemsize
+    for start in range(0, count, step):
+        span = (start, min(start + step, count))
+        mean = torch.zeros(span[1] - start, dtype=torch.float64)
+        for adapter, weight in zip(clients, weights, strict=True):
+            part = adapter.full_block(name, span)
+            if not torch.isfinite(part).all():
+                raise UserError(
+                    f"{adapter.path}, {name}: expected finite numbers, got NaN or Inf; "
+                    "leave this client out"
+                )
+            mean.add_(part, alpha=weight)
+        yield mean if entry.dtype.is_floating_point else mean.round_()

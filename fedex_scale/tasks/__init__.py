@@ -1,0 +1,1 @@
+"""What a client learns: a short file a kind of task."""
