@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -11,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +19,8 @@ from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
-from fedex_scale.data.partition import describe, split
-from fedex_scale.data.prompts import encode
-from fedex_scale.data.sources import load_rows, schema_of
+from fedex_scale.data.clients import Clients, read_clients
+from fedex_scale.data.prompts import schema_of
 from fedex_scale.engine import lora_model, models
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.ds_config import zero_stage
@@ -42,9 +39,9 @@ from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
 from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
-from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.runtime.trackers import Trackers
-from fedex_scale.scoring import evaluation
+from fedex_scale.scoring import asked, evaluation
+from fedex_scale.scoring.loss import held_out_loss
 
 
 def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
@@ -81,14 +78,18 @@ def _run_or_resume(config: Config) -> None:
             if config.train.packing:
                 distributed.together(lambda: models.check_packing(config.model))
             tokenizer = distributed.together(lambda: models.load_tokenizer(config.model))
-            clients, partition = distributed.together(lambda: load_clients(config, tokenizer))
+            clients = distributed.together(lambda: load_clients(config, tokenizer))
+            for note in clients.notes:
+                _tell(note)
             config = with_side_rank(config, found)
             warning = distributed.on_main(lambda: choice.warning(config))
             if warning:
                 _tell(warning)
             distributed.on_main(lambda: trackers.open(to_dict(config)))
-            engine = distributed.together(lambda: engine_for(config, len(clients)))
-            distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
+            engine = distributed.together(lambda: engine_for(config, len(clients.train)))
+            distributed.on_main(
+                lambda: prepare_directory(config, run, clients.report, found.checkpoint)
+            )
         for note in found.notes:
             _tell(note)
         _run(config, engine, tokenizer, clients, run, found.checkpoint, trackers)
@@ -112,22 +113,16 @@ def check_evaluation(config: Config) -> None:
     partitioned = zero_stage(config.engine) == 3
     evaluation.check_batch_size(config.evaluation, partitioned=partitioned)
     evaluation.check_tasks(config.evaluation)
+    if config.evaluation.generate:
+        asked.read_prompts(config.evaluation.generate)
 
 
-def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:
-    """Return each client's examples, and what partition.json says of them."""
-    seed = config.run.seed
-    rows = load_rows(config.data, derive_seed(seed, "rows"))
-    examples = encode(rows, schema_of(config.data), tokenizer, max_length=config.data.max_length)
-    models.check_vocabulary(config.model, int(examples.tokens.max(initial=0)))
-    rows = rows.select(examples.rows)
-    parts = split(rows, config.partition, derive_seed(seed, "partition"))
-    report = describe(parts, rows, config.partition.column)
-    report |= {"truncated": examples.num_truncated, "dropped": examples.num_dropped}
-    report["sha256"] = digest_of(examples)
-    if METHODS[config.method.name].one_client:
-        parts = [sorted(index for part in parts for index in part)]
-    return [examples.select(part) for part in parts], report
+def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
+    """Return each client's examples."""
+    clients = read_clients(config, tokenizer)
+    for examples in (clients.train[0], *clients.held_out[:1]):
+        models.check_vocabulary(config.model, int(examples.tokens.max(initial=0)))
+    return clients
 
 
 def engine_for(config: Config, num_clients: int) -> Engine:
@@ -160,14 +155,6 @@ def engine_for(config: Config, num_clients: int) -> Engine:
             "aggregate.fold=side, which leaves the base as it is"
         )
     return engine
-
-
-def digest_of(examples: Examples) -> str:
-    """Return the SHA-256 of the tokens: other data, or another tokenizer, is another run."""
-    digest = hashlib.sha256()
-    for array in (examples.tokens, examples.lengths, examples.prompt_lengths):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def check_directory(config: Config) -> Found:
@@ -233,12 +220,12 @@ def _run(
     config: Config,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    clients: list[Examples],
+    data: Clients,
     run: RunDir,
     last: Checkpoint | None,
     trackers: Trackers,
 ) -> None:
-    rounds, seed = config.federation.rounds, config.run.seed
+    rounds, seed, clients = config.federation.rounds, config.run.seed, data.train
     total = sum(
         num_steps(len(clients[client]), config.train)
         for round in range(1, rounds + 1)
@@ -250,29 +237,54 @@ def _run(
     ):
         monitor.say(_intro(config, engine, clients))
 
-        known = _facts(engine)
+        known, pad_id = _facts(engine), tokenizer.pad_token_id
 
         def keep_record(round: int | None) -> None:
             monitor.log("phases", round=round, **phases.lap())
             with phase("writing"):
                 distributed.on_main(lambda: record.write(run, known))
 
+        own = config.evaluation.generate
+        prompts = distributed.on_main(lambda: asked.read_prompts(own)) if own else []
+        to_look_at = config.evaluation.tasks or any(map(len, data.held_out)) or prompts
+
         def evaluate(state: ServerState) -> None:
             round = state.round
-            if config.evaluation.due(round, rounds) and not saver.place.evaluated:
-                began = time.perf_counter()
+            due = to_look_at and config.evaluation.due(round, rounds)
+            if due and not saver.place.evaluated:
                 show_handed_over(engine, run, state)
                 with phase("evaluating"):
-                    results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
-                    evaluation.write_results(results, run.evaluation(round))
+                    look(round)
+                saver.save(replace(saver.place, evaluated=True))
+            keep_record(round)
+
+        def look(round: int) -> None:
+            began = time.perf_counter()
+            if any(map(len, data.held_out)):
+                found = held_out_loss(
+                    engine.model,
+                    data.held_out,
+                    data.names,
+                    micro_batch_size=config.train.micro_batch_size,
+                    pad_id=pad_id,
+                )
+                took = time.perf_counter() - began
+                monitor.log("held_out", round=round, took_s=took, **found)
+            if prompts:
+                schema = schema_of(config.data, data.schema)
+                texts = asked.texts_of(prompts, schema, tokenizer)
+                size = config.evaluation.batch_size
+                given = asked.answers(engine.model, tokenizer, texts, size)
+                asked.write_answers(run, round, prompts, given)
+            if config.evaluation.tasks:
+                began = time.perf_counter()
+                results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
+                evaluation.write_results(results, run.evaluation(round))
                 seconds = time.perf_counter() - began
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
                 for warning in evaluation.warnings(results):
                     monitor.say(f"warning: {warning}")
-                saver.save(replace(saver.place, evaluated=True))
-            keep_record(round)
 
-        pad_id = tokenizer.pad_token_id
         state = run_rounds(
             config, engine, clients, run, saver, pad_id=pad_id, evaluate=evaluate, log=monitor.log
         )
@@ -302,7 +314,7 @@ def _tell(line: str) -> None:
         print(line, flush=True)
 
 
-def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:
+def _intro(config: Config, engine: Engine, clients: Sequence[Examples]) -> str:
     """Return one line that says what is about to run, and on what."""
     rank, trains = config.lora.rank, engine.trains
     sizes = [

@@ -9,10 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedex_scale.data.prompts import SCHEMAS
+from fedex_scale.config.learning import DataConfig
+from fedex_scale.data.prompts import BARE_PROMPT, schema_of
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import record
+from fedex_scale.reporting.words import rows_told
 from fedex_scale.runtime.outputs import write_file
 
 CARD_FILE = "README.md"
@@ -47,7 +49,9 @@ def write(run: RunDir) -> Path:
         "clients": config["partition"]["num_clients"],
         "rounds": tree["rounds_done"],
         "epochs": config["train"]["local_epochs"],
-        "data": data["path"] if _is_hub_id(data["path"]) else Path(data["path"]).name,
+        "data": (data["path"] if _is_hub_id(data["path"]) else Path(data["path"]).name) or "files",
+        "rows": rows_told(tree["partition"]),
+        "held_out": tree["held_out"],
         "examples": sum(part["num_examples"] for part in tree["partition"]["clients"]),
         "partition": config["partition"]["kind"],
         "max_length": data["max_length"],
@@ -63,7 +67,7 @@ def write(run: RunDir) -> Path:
         "adapter_rank": rank,
         "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
         "served": config["method"]["name"],
-        "prompt": SCHEMAS[data["schema"]].prompt if data["schema"] in SCHEMAS else None,
+        "prompt": prompt_of(tree),
     }
     pages = Environment(
         loader=PackageLoader("fedex_scale", "reporting"),
@@ -75,6 +79,14 @@ def write(run: RunDir) -> Path:
     path = run.final / CARD_FILE
     write_file(path, pages.get_template("card.md.j2").render(fields))
     return path
+
+
+def prompt_of(tree: Mapping[str, Any]) -> str | None:
+    """Return the prompt around an instruction of the training data; None where there is none."""
+    data = DataConfig(**tree["config"]["data"])
+    schema = schema_of(data, tree["partition"].get("schema", data.schema))
+    bare = schema.as_chat or schema.instruction is None or schema.prompt == BARE_PROMPT
+    return None if bare else schema.prompt
 
 
 def metadata(tree: Mapping[str, Any], base: str) -> ModelCardData:

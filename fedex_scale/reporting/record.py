@@ -78,6 +78,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "partition": _read_json(run.path / "partition.json", "clients"),
         "scores": _scores(run),
         "steps": _of(events, "step"),
+        "held_out": _of(events, "held_out"),
         "clients": _of(events, "client"),
         "failures": _of(events, "failure"),
         "rounds": rounds,

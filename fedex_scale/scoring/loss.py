@@ -1,0 +1,67 @@
+"""The loss on held-out examples, of each client and pooled, on the running engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedex_scale.data.batching import Examples, collate, shard
+from fedex_scale.runtime import distributed
+
+MAX_EXPONENT = 700.0  # exp of more is beyond a float
+
+
+def held_out_loss(
+    model: nn.Module,
+    parts: Sequence[Examples],
+    names: Sequence[str],
+    *,
+    micro_batch_size: int,
+    pad_id: int,
+) -> dict[str, Any]:
+    """Return the mean loss over all trained tokens, its perplexity, and each part's loss.
+
+    Every rank must take part, and gets the same; each example is looked at on one rank. Nothing
+    random happens, and the next training step sets the mode that it needs.
+
+    Args:
+        parts: the clients' held-out examples; of a client without any nothing is told.
+        names: of the parts.
+    """
+    model.eval()
+    sums = [_sum(model, part, micro_batch_size, pad_id) for part in parts if len(part)]
+    losses = distributed.sum_over_ranks(*sums)
+    known = [(name, part) for name, part in zip(names, parts, strict=True) if len(part)]
+    tokens = [int(part.num_trained.sum()) for _, part in known]
+    loss = sum(losses) / sum(tokens)
+    each = zip(known, losses, tokens, strict=True)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, MAX_EXPONENT)),
+        "examples": sum(len(part) for _, part in known),
+        "tokens": sum(tokens),
+        "clients": {name: total / count for (name, _), total, count in each},
+    }
+
+
+@torch.no_grad()
+def _sum(model: nn.Module, part: Examples, micro_batch_size: int, pad_id: int) -> float:
+    """Return this rank's share of the sum of losses, of batches of like lengths."""
+    order = np.argsort(-part.lengths, kind="stable").tolist()
+    batches = shard(
+        order,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        micro_batch_size=micro_batch_size,
+    )
+    total = torch.zeros((), dtype=torch.float64, device=distributed.device())
+    for indices in batches:  # as many on every rank, as those that hold the model together must
+        batch = collate(part, indices, fallback=order[-1], pad_id=pad_id)
+        batch = {name: tensor.to(total.device) for name, tensor in batch.items()}
+        total += model(**batch, use_cache=False, num_items_in_batch=1).loss
+    return float(total)
