@@ -152,10 +152,12 @@ def _described(
 def _recognised(pools: Sequence[Pool], config: Config) -> str | None:
     if config.data.schema != "auto":
         return None
-    columns = schema_of(config.data, pools[0].schema, pools[0].rows.column_names).columns
+    schema = schema_of(config.data, pools[0].schema, pools[0].rows.column_names)
+    columns = [*schema.columns, *([schema.context] if schema.context else [])]
+    others = f" (and so are {len(pools) - 1} more)" if len(pools) > 1 else ""
     return (
         f"data: {named(pools[0].source)} is {pools[0].schema} ({', '.join(columns)}), as its "
-        "columns say; data.schema says otherwise"
+        f"columns say{others}; data.schema says otherwise"
     )
 
 

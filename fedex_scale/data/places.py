@@ -14,6 +14,7 @@ from fedex_scale.config.words import named, shown
 from fedex_scale.runtime.errors import UserError
 
 MAX_LINE_BYTES = 10_000_000
+MAX_DEPTH = 500  # brackets within each other that are no reason to look closer
 
 
 def place_of(files: Sequence[str], index: int) -> str:
@@ -36,40 +37,70 @@ def place_of(files: Sequence[str], index: int) -> str:
     return f"{named(files[-1])}: row {index + 1}" if files else f"row {index + 1}"
 
 
-def check_lines(file: str) -> None:
-    """Raise a UserError for a line that is too long to be one row."""
+def check_file(file: str) -> None:
+    """Raise a UserError for what would take down, or hold up, who reads a file of JSON.
+
+    That is text that is not UTF-8, a line of JSON lines that is too long to be one row, and lists
+    within lists without end, on which a parser may crash.
+    """
+    by_line, depth = Path(file).suffix == ".jsonl", 0
     with Path(file).open("rb") as lines:
-        number = 0
+        number, held = 1, b""
         while piece := lines.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(piece) > MAX_LINE_BYTES:
+            if by_line and len(piece) > MAX_LINE_BYTES:
                 raise UserError(
                     f"{named(file)}: line {number}: expected at most {MAX_LINE_BYTES:,} bytes, a "
                     "row a line, got more; split the row, or look whether its lines were joined"
                 )
+            held = _check_utf8(held + piece, f"{named(file)}: line {number}")
+            opened = piece.count(b"[") + piece.count(b"{")
+            closed = piece.count(b"]") + piece.count(b"}")
+            if opened > MAX_DEPTH or depth > MAX_DEPTH:
+                _check_depth(piece if by_line else Path(file).read_bytes(), file, number)
+                if not by_line:
+                    return
+            depth = 0 if by_line else max(0, depth + opened - closed)
+            number += piece.endswith(b"\n")
+
+
+def _check_utf8(raw: bytes, where: str) -> bytes:
+    """Return the end of a piece that is the begin of a character, as the piece was cut there."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data" and not raw.endswith(b"\n"):
+            return raw[error.start :]
+        raise UserError(
+            f"{where}: expected UTF-8, got the byte {raw[error.start]:#04x}; save it as UTF-8 "
+            "(iconv -f latin1 -t utf8)"
+        ) from None
+    return b""
+
+
+def _check_depth(raw: bytes, file: str, number: int) -> None:
+    try:
+        json.loads(raw)
+    except RecursionError:
+        raise UserError(
+            f"{named(file)}: line {number}: nested too deep; expected a row of texts"
+        ) from None
+    except ValueError:
+        return  # `blame` says where
 
 
 def blame(file: str) -> None:
-    """Raise a UserError for the first line of JSON that no reader could take."""
+    """Raise a UserError for the first line that is not JSON, in a file that `check_file` passed."""
     lines = _lines(file) if Path(file).suffix == ".jsonl" else [(0, Path(file).read_bytes())]
     for number, raw in lines:
         where = f"{named(file)}: line {number}" if number else named(file)
         try:
-            row = json.loads(raw.decode())
-        except UnicodeDecodeError as error:
-            line = number or raw.count(b"\n", 0, error.start) + 1
-            raise UserError(
-                f"{named(file)}: line {line}: expected UTF-8, got the byte {raw[error.start]:#04x};"
-                " save it as UTF-8 (iconv -f latin1 -t utf8)"
-            ) from None
+            row = json.loads(raw)
         except json.JSONDecodeError as error:
             line = number or error.lineno
             raise UserError(
                 f"{named(file)}: line {line}: not valid JSON ({error.msg}, column {error.colno}); "
                 "correct it"
             ) from None
-        except RecursionError:
-            raise UserError(f"{where}: nested too deep; expected a row of texts") from None
         if number and not isinstance(row, dict):
             raise UserError(
                 f"{where}: expected a row with named columns, got {shown(row)}; correct it"
@@ -86,6 +117,8 @@ def read_lines(files: Sequence[str]) -> Dataset:
         UserError: a column holds values of several types.
     """
     rows = [json.loads(raw) for file in files for _, raw in _lines(file)]
+    if not rows:
+        raise UserError(f"{named(files[0])}: expected at least one row, got none; name other data")
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [_flat(row.get(key)) for row in rows] for key in keys}
     for name, values in columns.items():

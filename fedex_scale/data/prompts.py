@@ -125,36 +125,42 @@ def schema_of(config: DataConfig, name: str | None = None, columns: Sequence[str
     return replace(schema, as_chat=as_chat, chat_template=config.chat_template)
 
 
-def recognise(rows: Mapping[str, Any], source: str) -> str:
+def recognise(row: Mapping[str, Any], source: str) -> str:
     """Return the name of the schema that the columns mean.
 
     Args:
-        rows: the first row.
+        row: the first one.
         source: as the user would name it.
 
     Raises:
         UserError: none, or several, can be meant.
     """
-    columns = set(rows)
-    found = []
-    if any(isinstance(rows.get(column), list) for column in CHAT_COLUMNS):
-        found.append("chat")
-    if {"instruction", "output"} <= columns:
-        found += ["alpaca", "commonsense"] if "answer" in columns else ["alpaca"]
-    found += [name for name in ("metamath", "prompt_completion") if _fits(name, columns)]
-    if _fits("gsm8k", columns) and "####" in str(rows["answer"]):
-        found.append("gsm8k")
-    if not found and "text" in columns:
-        found = ["text"]
+    filled = {column for column, value in row.items() if value is not None}
+    found = _known_by(filled, row)
+    if len(found) != 1:  # a cell of the first row may be empty
+        found = _known_by(set(row), row)
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(sorted(columns))
+    listed = ", ".join(row)
     why = f"which may be {' or '.join(found)}" if found else "which no schema is known by"
     remedy = f"set data.schema={found[0]}" if found else "set data.schema"
     raise UserError(
         f"{source}: data.schema=auto: got columns {listed[:200]}, {why}; {remedy}, or columns with "
         "data.prompt_column and data.response_column"
     )
+
+
+def _known_by(columns: set[str], row: Mapping[str, Any]) -> list[str]:
+    """Return the schemas that rows with these columns may be of."""
+    found = []
+    if any(isinstance(row.get(column), list) for column in CHAT_COLUMNS):
+        found.append("chat")
+    if {"instruction", "output"} <= columns:
+        found += ["alpaca", "commonsense"] if "answer" in columns else ["alpaca"]
+    found += [name for name in ("metamath", "prompt_completion") if _fits(name, columns)]
+    if _fits("gsm8k", columns) and "####" in str(row["answer"]):
+        found.append("gsm8k")
+    return found or ["text"] * ("text" in columns)
 
 
 def _fits(name: str, columns: set[str]) -> bool:

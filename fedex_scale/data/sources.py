@@ -198,10 +198,10 @@ def _read_files(files: Sequence[str], source: str, key: str) -> Dataset:
         )
     if not any(map(os.path.getsize, files)):
         raise UserError(f"{named(source)}: expected at least one row, got none; name other data")
-    if kinds[0] == ".jsonl":
-        for file in files:
-            places.check_lines(file)
     builder = {".jsonl": "json"}.get(kinds[0], kinds[0][1:])
+    if builder == "json":
+        for file in files:
+            places.check_file(file)
     try:
         return load(source, "look at the file", builder, data_files=list(files), split="train")
     except UserError:
@@ -255,5 +255,5 @@ def _check_one_schema(pool: Pool, schema: Schema) -> None:
         if all(value is None for value in values):
             raise UserError(
                 f"{pool.place(index)}: expected {' and '.join(schema.columns)} as in the rows "
-                f"before it (data.schema={pool.schema}), got neither; take the row out"
+                f"before it (data.schema={pool.schema}), got none; take the row out"
             )
