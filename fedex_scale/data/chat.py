@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedex_scale.config.words import named, shown
 from fedex_scale.data.places import text_of
@@ -24,8 +24,15 @@ from fedex_scale.runtime.errors import UserError
 TEMPLATES = Path(__file__).with_name("chat_templates")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
 _ROLES |= {"gpt": "assistant"}
-# A template that tells the model the date would make other tokens every day.
-_TODAY = datetime(2024, 7, 26)
+# A template that tells the model the date would make other tokens every day. Plain data alone reach a
+# template, so that the date's function has to be one of its own.
+_DATE = "26 Jul 2024"
+_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
+_DATE_FUNCTION = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{part}', '{value}')" for part, value in _PARTS.items())
+    + " }}{% endmacro %}{{ '' }}"
+)
 Turns = list[dict[str, str]]
 
 
@@ -84,14 +91,14 @@ def render(turns: Turns, template: str, tokenizer: PreTrainedTokenizerBase, *, a
         UserError: the template refuses them.
     """
     try:
-        return tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            chat_template=template,
+        (text,), _ = render_jinja_template(
+            conversations=[turns],
+            chat_template=_DATE_FUNCTION * ("strftime_now" in template) + template,
             add_generation_prompt=ask,
-            date_string=_TODAY.strftime("%d %b %Y"),
-            strftime_now=_TODAY.strftime,
+            date_string=_DATE,
+            **tokenizer.special_tokens_map,
         )
+        return text
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise UserError(
             f"the chat template refuses the turns ({type(error).__name__}: {error!s:.100}); change "
