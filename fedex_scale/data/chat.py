@@ -24,8 +24,8 @@ from fedex_scale.runtime.errors import UserError
 TEMPLATES = Path(__file__).with_name("chat_templates")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
 _ROLES |= {"gpt": "assistant"}
-# A template that tells the model the date would make other tokens every day. Plain data alone reach a
-# template, so that the date's function has to be one of its own.
+# A template that tells the model the date would make other tokens every day. A template is given
+# plain data only, so that the date's function has to be one of its own.
 _DATE = "26 Jul 2024"
 _PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
 _DATE_FUNCTION = (
