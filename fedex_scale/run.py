@@ -120,7 +120,7 @@ def check_evaluation(config: Config) -> None:
 def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
     """Return each client's examples."""
     clients = read_clients(config, tokenizer)
-    for examples in (clients.train[0], *clients.held_out[:1]):
+    for examples in (clients.train[0], *clients.held_out.values()):
         models.check_vocabulary(config.model, int(examples.tokens.max(initial=0)))
     return clients
 
@@ -246,7 +246,7 @@ def _run(
 
         own = config.evaluation.generate
         prompts = distributed.on_main(lambda: asked.read_prompts(own)) if own else []
-        to_look_at = config.evaluation.tasks or any(map(len, data.held_out)) or prompts
+        to_look_at = config.evaluation.tasks or data.held_out or prompts
 
         def evaluate(state: ServerState) -> None:
             round = state.round
@@ -260,11 +260,10 @@ def _run(
 
         def look(round: int) -> None:
             began = time.perf_counter()
-            if any(map(len, data.held_out)):
+            if data.held_out:
                 found = held_out_loss(
                     engine.model,
                     data.held_out,
-                    data.names,
                     micro_batch_size=config.train.micro_batch_size,
                     pad_id=pad_id,
                 )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fedex_scale.config.settings import Config
 from fedex_scale.config.words import named
 from fedex_scale.data.batching import Examples, concatenate
+from fedex_scale.data.chat import template_of
 from fedex_scale.data.encode import NothingLeft, encode
 from fedex_scale.data.holdout import hold_out
 from fedex_scale.data.partition import describe, split
@@ -34,7 +36,7 @@ class Clients:
 
     Fields:
         train: each client's examples.
-        held_out: each client's that nobody trains on; of a file of its own, one for all.
+        held_out: what nobody trains on, by the client that has it, or by its file.
         names: each client's, for a person.
         schema: what a row is.
         report: what partition.json says of them.
@@ -42,7 +44,7 @@ class Clients:
     """
 
     train: list[Examples]
-    held_out: list[Examples]
+    held_out: dict[str, Examples]
     names: list[str]
     schema: str
     report: dict[str, Any]
@@ -67,10 +69,12 @@ def read_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
     trained, held = hold_out(parts, names, config)
     report = _described(rows, trained, held, names, config)
     report |= {"schema": pools[0].schema, **count_rows(examples), "sha256": digest_of(examples)}
-    held_out = [examples.select(part) for part in held]
+    if config.data.chat_template and schema_of(config.data, pools[0].schema).as_chat:
+        report["chat_template"] = template_of(config.data.chat_template, tokenizer)
+    held_out = {name: examples.select(part) for name, part in zip(names, held, strict=True) if part}
     if isinstance(config.data.holdout, str) and config.data.holdout != "auto":
         apart = read_held_out(config.data.holdout, pools[0], config.data)
-        held_out = [_encode(apart, config, tokenizer)]
+        held_out = {Path(apart.source).name: _encode(apart, config, tokenizer)}
     sizes = dict(zip(names, map(len, trained), strict=True))
     told = _recognised(pools, config), left_out, _dealt_out(pools, sizes, config)
     if METHODS[config.method.name].one_client:
@@ -206,12 +210,11 @@ def _dealt_out(pools: Sequence[Pool], sizes: Mapping[str, int], config: Config) 
     )
 
 
-def _told_of_held_out(held_out: Sequence[Examples], config: Config) -> str | None:
-    number = sum(map(len, held_out))
+def _told_of_held_out(held_out: Mapping[str, Examples], config: Config) -> str | None:
+    number = sum(map(len, held_out.values()))
     if not number:
         return None
-    whose = "" if isinstance(config.data.holdout, str) and len(held_out) == 1 else "of the clients "
     return (
-        f"held out: {number} examples {whose}are not trained; their loss is told "
+        f"held out: {number} examples are not trained; their loss is told "
         f"(data.holdout={config.data.holdout}; 0 trains on all)"
     )

@@ -79,16 +79,17 @@ def _table(clients: Clients) -> Table:
     for column in ("examples", "share", "held out", "tokens: least", "median", "most", "trained"):
         table.add_column(column, justify="right")
     total = sum(map(len, clients.train))
-    held = [len(part) for part in clients.held_out]
-    apart = len(held) != len(clients.train)
+    apart = bool(clients.held_out) and not set(clients.held_out) & set(clients.names)
     for client, examples in enumerate(clients.train[:LISTED]):
-        lengths = examples.lengths
-        name = clients.names[client] if len(clients.train) == len(clients.names) else "all clients"
+        lengths, name = examples.lengths, clients.names[client]
+        held = len(clients.held_out.get(name, ()))
+        if len(clients.train) < len(clients.names):
+            name, held = "all clients", sum(map(len, clients.held_out.values()))
         table.add_row(
             named(name),
             f"{len(examples):,}",
             f"{len(examples) / total:.1%}",
-            "a file" if apart else f"{held[client]:,}",
+            "a file" if apart else f"{held:,}",
             str(lengths.min()),
             f"{np.median(lengths):g}",
             str(lengths.max()),

@@ -18,6 +18,7 @@ from fedex_scale.reporting.words import rows_told
 from fedex_scale.runtime.outputs import write_file
 
 CARD_FILE = "README.md"
+TEMPLATE_FILE = "chat_template.jinja"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
 FOLDERS = {
@@ -28,7 +29,8 @@ FOLDERS = {
 
 
 def write(run: RunDir) -> Path:
-    """Write the card of a run whose other final files are there."""
+    """Write the card of a run whose other final files are there, and its chat template, if it is
+    not the model's own."""
     tree = record.gather(run)
     config = tree["config"]
     there = [name for name in FOLDERS if (run.final / name).is_dir()]
@@ -39,7 +41,7 @@ def write(run: RunDir) -> Path:
     )
     rank = Adapter(run.final / adapter).rank
     data, targets = config["data"], config["lora"]["target_modules"]
-    base = base_name(config["model"]["path"])
+    base, template = base_name(config["model"]["path"]), tree["partition"].get("chat_template")
     fields = {
         "metadata": metadata(tree, base).to_yaml(),
         "name": title(tree, base),
@@ -68,6 +70,7 @@ def write(run: RunDir) -> Path:
         "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
         "served": config["method"]["name"],
         "prompt": prompt_of(tree),
+        "chat_template": TEMPLATE_FILE if template else None,
     }
     pages = Environment(
         loader=PackageLoader("fedex_scale", "reporting"),
@@ -76,6 +79,8 @@ def write(run: RunDir) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    if template:
+        write_file(run.final / TEMPLATE_FILE, template)
     path = run.final / CARD_FILE
     write_file(path, pages.get_template("card.md.j2").render(fields))
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,7 @@ MAX_EXPONENT = 700.0  # exp of more is beyond a float
 
 def held_out_loss(
     model: nn.Module,
-    parts: Sequence[Examples],
-    names: Sequence[str],
+    parts: Mapping[str, Examples],
     *,
     micro_batch_size: int,
     pad_id: int,
@@ -30,22 +29,21 @@ def held_out_loss(
     random happens, and the next training step sets the mode that it needs.
 
     Args:
-        parts: the clients' held-out examples; of a client without any nothing is told.
-        names: of the parts.
+        parts: held-out examples, at least one each, by the name of who has them.
     """
     model.eval()
-    sums = [_sum(model, part, micro_batch_size, pad_id) for part in parts if len(part)]
+    sums = [_sum(model, part, micro_batch_size, pad_id) for part in parts.values()]
     losses = distributed.sum_over_ranks(*sums)
-    known = [(name, part) for name, part in zip(names, parts, strict=True) if len(part)]
-    tokens = [int(part.num_trained.sum()) for _, part in known]
+    tokens = [int(part.num_trained.sum()) for part in parts.values()]
     loss = sum(losses) / sum(tokens)
-    each = zip(known, losses, tokens, strict=True)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, MAX_EXPONENT)),
-        "examples": sum(len(part) for _, part in known),
+        "examples": sum(map(len, parts.values())),
         "tokens": sum(tokens),
-        "clients": {name: total / count for (name, _), total, count in each},
+        "clients": {
+            name: total / count for name, total, count in zip(parts, losses, tokens, strict=True)
+        },
     }
 
 

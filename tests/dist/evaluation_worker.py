@@ -58,9 +58,9 @@ def main(model: str, deepspeed: str, data_dir: str, out: str) -> None:
     written = {name: results.get(name) for name in ("results", "samples")}
     written["likelihoods"] = likelihoods
     examples = encode(ROWS, SCHEMAS["text"], tokenizer, max_length=512)
-    parts = [examples.select(part) for part in ([0, 1, 2, 3], [4], [])]
+    parts = {"a": examples.select([0, 1, 2, 3]), "b": examples.select([4])}
     options = {"micro_batch_size": 2, "pad_id": tokenizer.pad_token_id}
-    written["held_out"] = held_out_loss(engine.model, parts, ["a", "b", "c"], **options)
+    written["held_out"] = held_out_loss(engine.model, parts, **options)
     texts = [row["text"] for row in ROWS[:3]]
     written["answers"] = answers(engine.model, tokenizer, texts, 2)
     torch.save(written, Path(out) / f"rank{distributed.rank()}.pt")

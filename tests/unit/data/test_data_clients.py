@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import make_tokenizer
 
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
+from fedex_scale.data.batching import Examples
 from fedex_scale.data.clients import Clients, read_clients
 from fedex_scale.data.preview import show
 from fedex_scale.runtime.errors import UserError
@@ -44,7 +46,7 @@ def read(*overrides: str, **sections: dict) -> Clients:
     return read_clients(config(*overrides, **sections), TOKENIZER)
 
 
-def texts(clients: list) -> list[list[str]]:
+def texts(clients: Iterable[Examples]) -> list[list[str]]:
     return [[TOKENIZER.decode(part[i]["input_ids"]) for i in range(len(part))] for part in clients]
 
 
@@ -202,20 +204,21 @@ def test_sites_that_cannot_be(files: list, overrides: tuple, message: str, tmp_p
 def test_held_out_rows_are_the_clients_own_and_nobody_trains_on_them(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", pairs(300))
     whole = read("data.holdout=0", data={"path": path})
-    assert not any(map(len, whole.held_out))
+    assert not whole.held_out
     for override, count in (("data.holdout=0.1", 10), ("data.holdout=auto", 2)):
         clients = read(override, data={"path": path})
-        assert [len(part) for part in clients.held_out] == [count] * 3
+        assert [len(part) for part in clients.held_out.values()] == [count] * 3
         assert [entry["held_out"] for entry in clients.report["clients"]] == [count] * 3
+        held_out = list(clients.held_out.values())
         for client in range(3):
-            trained, held = (texts(part)[client] for part in (clients.train, clients.held_out))
+            trained, held = (texts(part)[client] for part in (clients.train, held_out))
             assert not set(trained) & set(held)
             assert set(trained) | set(held) == set(texts(whole.train)[client])
             order = [text for text in texts(whole.train)[client] if text in set(trained)]
             assert trained == order
         again = read(override, data={"path": path})
-        assert texts(again.held_out) == texts(clients.held_out)
-    assert texts(read("run.seed=1", data={"path": path}).held_out) != texts(clients.held_out)
+        assert texts(again.held_out.values()) == texts(held_out)
+    assert texts(read("run.seed=1", data={"path": path}).held_out.values()) != texts(held_out)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,8 @@ def test_held_out_rows_are_the_clients_own_and_nobody_trains_on_them(tmp_path: P
 def test_by_default_few_rows_are_held_out(overrides: tuple, count: int, tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", pairs(300))
     held = read(*overrides, data={"path": path}).held_out
-    assert [len(part) for part in held] == [count] * len(held)
+    assert [len(part) for part in held.values()] == [count] * (len(held) if count else 0)
+    assert bool(held) == bool(count)
 
 
 def test_a_file_of_held_out_rows(tmp_path: Path):
@@ -238,7 +242,8 @@ def test_a_file_of_held_out_rows(tmp_path: Path):
     apart = write(tmp_path / "apart.jsonl", pairs(2, 70))
     clients = read(f"data.holdout={apart}", data={"path": path})
     assert [len(part) for part in clients.train] == [2, 2, 2]
-    ((one, _),) = texts(clients.held_out)
+    assert list(clients.held_out) == ["apart.jsonl"]
+    ((one, _),) = texts(clients.held_out.values())
     assert one.startswith("70 apples?")
     other = write(tmp_path / "other.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match=r"other.jsonl: data.schema=prompt_completion needs"):
