@@ -86,7 +86,7 @@ def run(config: Source, overrides: Overrides | None = None) -> Run:
     return Run(path=path, scores=scores)
 
 
-def data(
+def preview(
     config: Source,
     overrides: Overrides | None = None,
     *,

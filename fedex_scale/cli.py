@@ -121,7 +121,7 @@ def show_data(
     from rich.console import Console
 
     console = Console(highlight=False)
-    for part in api.data(config, overrides, number=max(0, number), color=console.is_terminal):
+    for part in api.preview(config, overrides, number=max(0, number), color=console.is_terminal):
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
 
 

@@ -47,11 +47,12 @@ def template_of(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
     if name is None:
-        if isinstance(tokenizer.chat_template, str):
-            return tokenizer.chat_template
-        got = "several" if tokenizer.chat_template else "none"
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if own:
+            return own
         raise UserError(
-            f"model.path: chats need one chat template, and this model's tokenizer has {got}; set "
+            "model.path: chats need a chat template, and this model's tokenizer has none; set "
             f"data.chat_template to {' or '.join(known)} (any model), or to a Jinja file"
         )
     path = TEMPLATES / f"{name}.jinja" if name in known else Path(name)
