@@ -63,20 +63,24 @@ def read_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
         pools = [load_pool(config.data, derive_seed(config.run.seed, "rows"))]
     encoded = [_encode(pool, config, tokenizer) for pool in pools]
     examples = concatenate(encoded)
-    left_out = _told_of_rows(examples, config)
+    left_out = [_told_of_rows("data", examples, config)]
     rows = [pool.rows.select(own.rows) for pool, own in zip(pools, encoded, strict=True)]
     parts, names = _deal(rows, pools, config)
     trained, held = hold_out(parts, names, config)
     report = _described(rows, trained, held, names, config)
     report |= {"schema": pools[0].schema, **count_rows(examples), "sha256": digest_of(examples)}
-    if config.data.chat_template and schema_of(config.data, pools[0].schema).as_chat:
+    if config.data.chat_template:
         report["chat_template"] = template_of(config.data.chat_template, tokenizer)
     held_out = {name: examples.select(part) for name, part in zip(names, held, strict=True) if part}
     if isinstance(config.data.holdout, str) and config.data.holdout != "auto":
-        apart = read_held_out(config.data.holdout, pools[0], config.data)
-        held_out = {Path(apart.source).name: _encode(apart, config, tokenizer)}
+        apart = _encode(
+            read_held_out(config.data.holdout, pools[0], config.data), config, tokenizer
+        )
+        held_out = {Path(config.data.holdout).name: apart}
+        left_out.append(_told_of_rows("data.holdout", apart, config))
+        report["held_out"] = {**count_rows(apart), "sha256": digest_of(apart)}
     sizes = dict(zip(names, map(len, trained), strict=True))
-    told = _recognised(pools, config), left_out, _dealt_out(pools, sizes, config)
+    told = [_recognised(pools, config), *left_out, _dealt_out(pools, sizes, config)]
     if METHODS[config.method.name].one_client:
         trained = [sorted(index for part in trained for index in part)]
     return Clients(
@@ -165,8 +169,11 @@ def _recognised(pools: Sequence[Pool], config: Config) -> str | None:
     )
 
 
-def _told_of_rows(examples: Examples, config: Config) -> str | None:
-    """Return a line on the rows that are not trained whole.
+def _told_of_rows(key: str, examples: Examples, config: Config) -> str | None:
+    """Return a line on the rows that are not trained, or looked at, whole.
+
+    Args:
+        key: the setting that names them.
 
     Raises:
         UserError: they are more than the config allows.
@@ -182,7 +189,7 @@ def _told_of_rows(examples: Examples, config: Config) -> str | None:
     if not number:
         return None
     listed = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
-    line = f"data: {number} of {counts['rows']} rows are left out or cut: {listed}"
+    line = f"{key}: {number} of {counts['rows']} rows are left out or cut: {listed}"
     remedies = [f"data.max_length={counts['longest']} holds all"] * (number > counts["empty"])
     share = number / counts["rows"]
     if share <= config.data.max_dropped:

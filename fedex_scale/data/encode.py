@@ -67,7 +67,7 @@ def encode(
     if not kept:
         raise NothingLeft(
             f"data.max_length: expected room for a prompt and some response, got {max_length}, "
-            "which no row fits; raise it or look at the rows"
+            f"which no row fits; data.max_length={longest} holds all"
         )
     lengths = np.array([len(piece) for piece in pieces])
     prompt_lengths = np.array([int(mask.argmax()) for mask in masks])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedex_scale.config.learning import DataConfig
+from fedex_scale.config.words import named
 from fedex_scale.data.answers import ANSWER_MARKER, gold_number
 from fedex_scale.runtime.errors import UserError
 
@@ -122,6 +123,11 @@ def schema_of(config: DataConfig, name: str | None = None, columns: Sequence[str
     if config.template in ("none", "chat"):
         schema = replace(schema, prompt=BARE_PROMPT, prompt_with_context=BARE_INPUT_PROMPT)
     as_chat = schema.as_chat or config.template == "chat"
+    if config.chat_template and not as_chat:
+        raise UserError(
+            f"data.chat_template: rows of data.schema={name} go through none, got "
+            f"{named(config.chat_template)}; set data.template=chat, or leave it out"
+        )
     return replace(schema, as_chat=as_chat, chat_template=config.chat_template)
 
 

@@ -26,7 +26,7 @@ CASES = {
     "run.trackers=[tensorbord]": "expected a list of any of tensorboard",
     "method.name=fedx": "fedex",
     "data.holdout=nowhere.jsonl": "data.holdout: expected a file, found none at nowhere.jsonl",
-    "data.max_length=60": "30 of 30 rows are left out or cut",
+    "data.max_length=60": "which no row fits; data.max_length=",
     "data.template=chat": "set data.chat_template to chatml or zephyr (any model)",
     "evaluation.generate=nowhere.txt": "expected a text file, found none at nowhere.txt",
     "evaluation.include_path=nowhere": "expected a directory with tasks, found none at nowhere",

@@ -109,6 +109,15 @@ def test_what_is_put_around(row: str, template: str, text: str, tmp_path: Path):
     assert one.startswith("Below is" if "###" in text else text)
 
 
+def test_a_chat_template_without_a_chat_is_told(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", pairs(3))
+    with pytest.raises(UserError, match=r"data.chat_template: rows .* set data.template=chat"):
+        read("data.chat_template=zephyr", data={"path": path})
+    asked = "data.chat_template=zephyr", "data.template=chat"
+    ((one, *_), *_) = texts(read(*asked, data={"path": path}).train)
+    assert one == "<|user|>\n0 apples?</s>\n<|assistant|>\n 0 pens</s>\n"
+
+
 def test_alpaca_with_and_without_an_input(tmp_path: Path):
     rows = [{"instruction": "a", "input": x, "output": "b"} for x in ("12", "", None)]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -245,6 +254,10 @@ def test_a_file_of_held_out_rows(tmp_path: Path):
     assert list(clients.held_out) == ["apart.jsonl"]
     ((one, _),) = texts(clients.held_out.values())
     assert one.startswith("70 apples?")
+    more = write(tmp_path / "apart.jsonl", [*pairs(30, 70), {"prompt": "a", "completion": ""}])
+    changed = read(f"data.holdout={more}", data={"path": path})
+    assert changed.report["held_out"] != clients.report["held_out"]
+    assert "data.holdout: 1 of 31 rows are left out or cut: 1 empty" in changed.notes
     other = write(tmp_path / "other.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match=r"other.jsonl: data.schema=prompt_completion needs"):
         read(f"data.holdout={other}", data={"path": path})
