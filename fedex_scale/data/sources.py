@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 
 from fedex_scale.config.federation import PartitionConfig
 from fedex_scale.config.learning import DataConfig
-from fedex_scale.config.sites import SUFFIXES, find_sites
+from fedex_scale.config.sites import SUFFIXES, Site, find_sites
 from fedex_scale.config.words import named, shown
 from fedex_scale.data import places
 from fedex_scale.data.prompts import Schema, recognise, schema_of
@@ -88,34 +88,18 @@ def load_sites(config: DataConfig, partition: PartitionConfig) -> list[Pool]:
         UserError: as `load_pool`; no site, one without rows, two of one name, of different schemas,
             or not as many as the config has clients.
     """
-    sites, patterns = find_sites(partition.files), shown(partition.files)
-    if not sites:
-        raise UserError(
-            f"partition.files: expected files or directories, found none at {patterns}; correct it"
-        )
-    if len(sites) != partition.num_clients:
-        raise UserError(
-            f"partition.num_clients: sites has a client per file or directory ({len(sites)} at "
-            f"{patterns}), got {partition.num_clients}; leave it out"
-        )
-    by_name: dict[str, str] = {}
+    sites = find_sites(partition.files)
+    _check_sites(sites, partition)
+    pools: list[Pool] = []
     for site in sites:
-        if site.name in by_name:
-            raise UserError(
-                f"partition.files: two sites of the name {named(site.name)}, "
-                f"{named(by_name[site.name])} and {named(site.path)}; rename one, or name the "
-                "directories that they lie in"
-            )
-        by_name[site.name] = site.path
-        if not site.files:
+        files = site.files()
+        if not files:
             raise UserError(
                 f"partition.files: {named(site.path)}: expected a {', '.join(SUFFIXES)} file in "
                 "it, found none; take the site out"
             )
-    pools = []
-    for site in sites:
-        rows = _read_files(list(site.files), site.path, "partition.files")
-        pool = _checked(site.path, site.files, rows, config)
+        rows = _read_files(files, site.path, "partition.files")
+        pool = _checked(site.path, files, rows, config)
         if pools and pool.schema != pools[0].schema:
             raise UserError(
                 f"partition.files: {named(pools[0].source)} is {pools[0].schema}, but "
@@ -153,6 +137,29 @@ def cause_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_sites(sites: Sequence[Site], partition: PartitionConfig) -> None:
+    """Raise a UserError for no sites, two of one name, or another number than of clients."""
+    patterns = shown(partition.files)
+    if not sites:
+        raise UserError(
+            f"partition.files: expected files or directories, found none at {patterns}; correct it"
+        )
+    if len(sites) != partition.num_clients:
+        raise UserError(
+            f"partition.num_clients: sites has a client per file or directory ({len(sites)} at "
+            f"{patterns}), got {partition.num_clients}; leave it out"
+        )
+    by_name: dict[str, str] = {}
+    for site in sites:
+        if site.name in by_name:
+            raise UserError(
+                f"partition.files: two sites of the name {named(site.name)}, "
+                f"{named(by_name[site.name])} and {named(site.path)}; rename one, or name the "
+                "directories that they lie in"
+            )
+        by_name[site.name] = site.path
 
 
 def _read(config: DataConfig) -> tuple[str, tuple[str, ...], Dataset]:

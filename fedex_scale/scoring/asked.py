@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.config.words import named
 from fedex_scale.data.chat import render, template_of
-from fedex_scale.data.prompts import Schema
+from fedex_scale.data.encode import begin_tokens
+from fedex_scale.data.prompts import BARE_PROMPT, Schema
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError, reading
@@ -54,15 +55,14 @@ def read_prompts(file: str) -> list[str]:
 def texts_of(
     prompts: Sequence[str], schema: Schema, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Return the prompts in the form of the training data."""
-    if not schema.as_chat:
-        return [
-            schema.prompt.format(instruction=prompt) if schema.instruction else prompt
-            for prompt in prompts
-        ]
-    template = template_of(schema.chat_template, tokenizer)
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [render(turns, template, tokenizer, ask=True) for turns in asked]
+    """Return the prompts in the form of the training data, begin token included."""
+    if schema.as_chat:
+        template = template_of(schema.chat_template, tokenizer)
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return [render(turns, template, tokenizer, ask=True) for turns in asked]
+    begin = tokenizer.bos_token if begin_tokens(tokenizer) else ""
+    around = schema.prompt if schema.instruction else BARE_PROMPT
+    return [begin + around.format(instruction=prompt) for prompt in prompts]
 
 
 def answers(
