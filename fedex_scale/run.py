@@ -272,8 +272,13 @@ def _run(
             if prompts:
                 schema = schema_of(config.data, data.schema)
                 texts = asked.texts_of(prompts, schema, tokenizer)
-                size = config.evaluation.batch_size
-                given = asked.answers(engine.model, tokenizer, texts, size)
+                given = asked.answers(
+                    engine.model,
+                    tokenizer,
+                    texts,
+                    as_chat=schema.as_chat,
+                    batch_size=config.evaluation.batch_size,
+                )
                 asked.write_answers(run, round, prompts, given)
             if config.evaluation.tasks:
                 began = time.perf_counter()

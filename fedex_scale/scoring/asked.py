@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.config.words import named
 from fedex_scale.data.chat import render, template_of
-from fedex_scale.data.encode import begin_tokens
 from fedex_scale.data.prompts import BARE_PROMPT, Schema
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.runtime.outputs import make_inside, write_file
+from fedex_scale.scoring.evaluation import as_it_was
+from fedex_scale.scoring.spread import BatchSize, spread_requests
 
 ANSWERS, PAGE = "answers.jsonl", "answers.md"
 MAX_BYTES, MAX_PROMPTS, MAX_NEW_TOKENS = 1_000_000, 200, 256
@@ -55,25 +56,30 @@ def read_prompts(file: str) -> list[str]:
 def texts_of(
     prompts: Sequence[str], schema: Schema, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Return the prompts in the form of the training data, begin token included."""
+    """Return the prompts in the form of the training data; a chat's has its begin token."""
     if schema.as_chat:
         template = template_of(schema.chat_template, tokenizer)
         asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return [render(turns, template, tokenizer, ask=True) for turns in asked]
-    begin = tokenizer.bos_token if begin_tokens(tokenizer) else ""
     around = schema.prompt if schema.instruction else BARE_PROMPT
-    return [begin + around.format(instruction=prompt) for prompt in prompts]
+    return [around.format(instruction=prompt) for prompt in prompts]
 
 
 def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    as_chat: bool,
+    batch_size: BatchSize,
 ) -> list[str]:
-    """Return what the model writes after each text, greedily; every rank must take part."""
+    """Return what the model writes after each text, greedily; every rank must take part.
+
+    Args:
+        as_chat: the texts have their begin token; to others the tokenizer adds its own.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-
-    from fedex_scale.scoring.evaluation import as_it_was
-    from fedex_scale.scoring.spread import spread_requests
 
     options = {"until": [], "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False}
     requests = [
@@ -81,7 +87,7 @@ def answers(
         for text in texts
     ]
     with as_it_was(model), torch.no_grad():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=False)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=False if as_chat else None)
         spread_requests(lm, batch_size)
         return lm.generate_until(requests)
 

@@ -62,7 +62,9 @@ def main(model: str, deepspeed: str, data_dir: str, out: str) -> None:
     options = {"micro_batch_size": 2, "pad_id": tokenizer.pad_token_id}
     written["held_out"] = held_out_loss(engine.model, parts, **options)
     texts = [row["text"] for row in ROWS[:3]]
-    written["answers"] = answers(engine.model, tokenizer, texts, 2)
+    written["answers"] = answers(
+        engine.model, tokenizer, texts, as_chat=False, batch_size=2
+    )
     torch.save(written, Path(out) / f"rank{distributed.rank()}.pt")
     distributed.leave(0)
 

@@ -29,14 +29,14 @@ def test_a_prompt_is_asked_as_in_training(name: str, template: str, tokenizer) -
     schema = schema_of(DataConfig(path="x", template=template), name)
     examples = encode([ROWS[name]], schema, tokenizer, max_length=512)
     (text,) = texts_of(["How many pens?"], schema, tokenizer)
-    asked = tokenizer(text, add_special_tokens=False)["input_ids"]
+    asked = tokenizer(text, add_special_tokens=template == "auto")["input_ids"]
     assert examples[0]["input_ids"][: examples.prompt_lengths[0]] == asked
 
 
 def test_plain_text_is_asked_as_it_is() -> None:
     tokenizer = make_metaspace_tokenizer("first")
     schema = schema_of(DataConfig(path="x"), "text")
-    assert texts_of(["How many"], schema, tokenizer) == ["<s>How many"]
+    assert texts_of(["How many"], schema, tokenizer) == ["How many"]
 
 
 @pytest.mark.parametrize(
