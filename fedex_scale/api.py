@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,6 +84,33 @@ def run(config: Source, overrides: Overrides | None = None) -> Run:
     for row in distributed.on_main(lambda: record.gather(RunDir(path)))["scores"]:
         scores.setdefault(row["round"], {})[f"{row['task']}/{row['metric']}"] = row["value"]
     return Run(path=path, scores=scores)
+
+
+def preview(
+    config: Source,
+    overrides: Overrides | None = None,
+    *,
+    number: int = 3,
+    color: bool = False,
+) -> Iterator[Any]:
+    """Yield what `fedex-scale data` prints of a run's data; needs no weights.
+
+    Args:
+        config, overrides: as for `run`.
+        number: of examples to show.
+        color: tell what is trained by its colour, not by marks around it.
+
+    Raises:
+        UserError: settings or data that cannot be used.
+    """
+    from fedex_scale.config.load import load_config
+    from fedex_scale.data.clients import read_clients
+    from fedex_scale.data.preview import show
+    from fedex_scale.engine.models import load_tokenizer
+
+    settings = load_config(config, overrides)
+    tokenizer = load_tokenizer(settings.model)
+    yield from show(read_clients(settings, tokenizer), settings, tokenizer, number, color=color)
 
 
 def aggregate(
@@ -210,6 +237,7 @@ def evaluate(
     batch_size: int | Literal["auto"] | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     trust_remote_code: bool = False,
+    include_path: PathLike | None = None,
     out: PathLike | None = None,
 ) -> Scored:
     """Score a run's final model, or any model, with lm-eval, as `fedex-scale evaluate` does.
@@ -225,6 +253,8 @@ def evaluate(
         dtype: to compute in; none: the run's own, or what is fast.
         trust_remote_code: run Python code that comes with the model, which a run's own config
             cannot ask for.
+        include_path: directory with lm-eval tasks of one's own, which may run code; a run's own
+            config cannot ask for it either.
         out: directory to make; none: a new one in the run, or below evaluations/.
 
     Raises:
@@ -240,6 +270,7 @@ def evaluate(
         "data_dir": data_dir,
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,
+        "include_path": None if include_path is None else os.fspath(include_path),
     }
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
     path = None if adapter is None else Path(adapter)

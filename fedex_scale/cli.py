@@ -109,6 +109,22 @@ def show_settings(
         typer.echo(describe.explain(explain) if explain else describe.template(), nl=bool(explain))
 
 
+@app.command("data")
+def show_data(
+    config: Config,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", help="Examples to show.")] = 3,
+) -> None:
+    """Show what would be trained on: examples as the model sees them, lengths, clients' shares."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in api.preview(config, overrides, number=max(0, number), color=console.is_terminal):
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+
 @app.command()
 def aggregate(
     clients: Annotated[
@@ -265,6 +281,9 @@ def evaluate(
         bool,
         typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
     ] = False,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory with lm-eval tasks of your own.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make for the results.")] = None,
 ) -> None:
     """Score a run's final model, or any model, with lm-eval, as the run itself did."""
@@ -287,6 +306,7 @@ def evaluate(
         batch_size=size,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        include_path=include_path,
         out=out,
     )
     if distributed.is_main():

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from fedex_scale.config.load import Source, load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
-from fedex_scale.data.partition import describe, split
 from fedex_scale.engine import lora_model, models
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.ds_config import zero_stage
@@ -40,11 +38,11 @@ from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
 from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
-from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.runtime.trackers import Trackers
-from fedex_scale.scoring import evaluation, held_out
-from fedex_scale.tasks.all import kind_without_rows, open_task
-from fedex_scale.tasks.interface import CAUSAL, Examples, ModelKind, Task
+from fedex_scale.scoring import asked, evaluation
+from fedex_scale.scoring.look import Look
+from fedex_scale.tasks.all import Lesson, kind_without_rows, read_lesson
+from fedex_scale.tasks.interface import CAUSAL, Examples, ModelKind
 
 
 def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
@@ -83,22 +81,28 @@ def _run_or_resume(config: Config) -> None:
             kind = kind_without_rows(config)
             distributed.together(lambda: models.check_kind(config.model, kind))
             processor = distributed.together(lambda: models.load_processor(config.model, kind))
-            task = distributed.together(lambda: open_task(config, processor))
-            clients, partition = distributed.together(lambda: split_rows(config, task))
+            lesson = distributed.together(lambda: load_lesson(config, processor))
+            clients = lesson.clients
+            for note in clients.notes:
+                _tell(note)
             config = with_side_rank(config, found)
             warning = distributed.on_main(lambda: choice.warning(config))
             if warning:
                 _tell(warning)
             distributed.on_main(lambda: trackers.open(to_dict(config)))
-            engine = distributed.together(lambda: engine_for(config, len(clients), task.model))
+            engine = distributed.together(
+                lambda: engine_for(config, len(clients.train), lesson.model)
+            )
             if found.checkpoint is not None:
                 begun = Adapter(run.adapter(0))
                 distributed.together(lambda: check_head(begun, engine.whole_shapes()))
-            distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
+            distributed.on_main(
+                lambda: prepare_directory(config, run, clients.report, found.checkpoint)
+            )
         for note in found.notes:
             _tell(note)
         tokenizer = None if config.task.has_head else processor
-        _run(config, engine, tokenizer, task, clients, run, found.checkpoint, trackers)
+        _run(config, engine, tokenizer, lesson, run, found.checkpoint, trackers)
 
 
 def with_side_rank(config: Config, found: Found) -> Config:
@@ -119,23 +123,16 @@ def check_evaluation(config: Config) -> None:
     partitioned = zero_stage(config.engine) == 3
     evaluation.check_batch_size(config.evaluation, partitioned=partitioned)
     evaluation.check_tasks(config.evaluation)
+    if config.evaluation.generate:
+        asked.read_prompts(config.evaluation.generate)
 
 
-def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], dict]:
-    """Return each client's examples, and what partition.json says of them."""
-    return split_rows(config, open_task(config, tokenizer))
-
-
-def split_rows(config: Config, task: Task) -> tuple[list[Examples], dict]:
-    """Return each client's examples, and what partition.json says of them."""
-    largest = getattr(task.examples, "largest_token", None)
-    if largest is not None:
-        models.check_vocabulary(config.model, largest)
-    parts = split(task.rows, config.partition, derive_seed(config.run.seed, "partition"))
-    report = describe(parts, task.rows, config.partition.column) | dict(task.examples.notes)
-    if METHODS[config.method.name].one_client:
-        parts = [sorted(index for part in parts for index in part)]
-    return [task.examples.select(part) for part in parts], report
+def load_lesson(config: Config, processor: Any) -> Lesson:
+    """Return what is learned from which examples."""
+    lesson = read_lesson(config, processor)
+    if lesson.largest_token:
+        models.check_vocabulary(config.model, lesson.largest_token)
+    return lesson
 
 
 def engine_for(config: Config, num_clients: int, kind: ModelKind = CAUSAL) -> Engine:
@@ -251,13 +248,12 @@ def _run(
     config: Config,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase | None,
-    task: Task,
-    clients: list[Examples],
+    lesson: Lesson,
     run: RunDir,
     last: Checkpoint | None,
     trackers: Trackers,
 ) -> None:
-    rounds, seed = config.federation.rounds, config.run.seed
+    rounds, seed, clients = config.federation.rounds, config.run.seed, lesson.clients.train
     total = sum(
         num_steps(len(clients[client]), config.train)
         for round in range(1, rounds + 1)
@@ -276,25 +272,16 @@ def _run(
             with phase("writing"):
                 distributed.on_main(lambda: record.write(run, known))
 
+        own = config.evaluation.generate
+        prompts = distributed.on_main(lambda: asked.read_prompts(own)) if own else []
+        look = Look(config=config, lesson=lesson, tokenizer=tokenizer, prompts=prompts, run=run)
+
         def evaluate(state: ServerState) -> None:
             round = state.round
-            section, score = config.evaluation, task.score
-            due = section.due(round, rounds, held_out=score is not None)
-            if due and not saver.place.evaluated:
-                began = time.perf_counter()
+            if look.is_due(round) and not saver.place.evaluated:
                 show_handed_over(engine, run, state)
                 with phase("evaluating"):
-                    results: dict[str, Any] = {}
-                    if section.tasks:
-                        results = evaluation.evaluate(engine.model, tokenizer, section)
-                    if score is not None:
-                        own = held_out.evaluate(engine.model, score, section)
-                        results = held_out.merged(results, own)
-                    evaluation.write_results(results, run.evaluation(round))
-                seconds = time.perf_counter() - began
-                monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
-                for warning in evaluation.warnings(results):
-                    monitor.say(f"warning: {warning}")
+                    look.at(engine.model, round, monitor)
                 saver.save(replace(saver.place, evaluated=True))
             keep_record(round)
 
@@ -328,7 +315,7 @@ def _tell(line: str) -> None:
         print(line, flush=True)
 
 
-def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:
+def _intro(config: Config, engine: Engine, clients: Sequence[Examples]) -> str:
     """Return one line that says what is about to run, and on what."""
     rank, trains = config.lora.rank, engine.trains
     sizes = [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fedex_scale.config.section import Count, Number, Positive, Section, Share
+from fedex_scale.config.section import Count, Names, Number, Positive, Section, Share
+from fedex_scale.config.sites import find_sites
+from fedex_scale.config.words import shown
 
 MethodName = Literal[
     "fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized", "full"
@@ -17,11 +19,17 @@ MethodName = Literal[
 class PartitionConfig(Section, title="partition"):
     """How the rows are split over the clients."""
 
-    kind: Literal["iid", "contiguous", "dirichlet", "dirichlet_per_client", "natural"] = "iid"
+    kind: Literal["iid", "contiguous", "dirichlet", "dirichlet_per_client", "natural", "sites"] = (
+        "iid"
+    )
     """Shuffled evenly; evenly in file order; each value of `column` dealt out unevenly over the
-    clients; clients of one size, each with its own mix of values; a client per value."""
+    clients; clients of one size, each with its own mix of values; a client per value; a client per
+    file or directory of `files`."""
+    files: str | Names = ()
+    """For sites: the clients' files or directories, or globs of them; each client has the name of
+    its own. They stand in place of data.path."""
     num_clients: Count = 3
-    """Clients that the rows are split over."""
+    """Clients that the rows are split over; of sites as many as `files` has."""
     column: str | None = None
     """For dirichlet kinds and natural, such as type; also counted per client in partition.json."""
     alpha: Positive = 1.0
@@ -29,8 +37,23 @@ class PartitionConfig(Section, title="partition"):
     min_examples: Count = 1
     """Splits of kind dirichlet that leave a client fewer are drawn again."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_sites(cls, values: Any) -> Any:
+        """Take the number of clients from the files, where it is not given and they are here."""
+        if not isinstance(values, dict) or values.get("kind") != "sites":
+            return values
+        if "num_clients" not in values and (sites := find_sites(values.get("files"))):
+            return values | {"num_clients": len(sites)}
+        return values
+
     def problems(self) -> Iterator[str]:
-        if self.kind not in ("iid", "contiguous") and self.column is None:
+        if bool(self.files) != (self.kind == "sites"):
+            yield (
+                "partition.files: expected files with kind: sites, and with no other, got "
+                f"{shown(self.files)} with {self.kind}; set both or neither"
+            )
+        if self.kind not in ("iid", "contiguous", "sites") and self.column is None:
             yield (
                 f"partition.column: {self.kind} splits by a column, got none; name one of the data"
             )

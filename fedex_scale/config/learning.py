@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section
+from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section, Share
 from fedex_scale.config.shipped import locate
 from fedex_scale.config.words import named, shown
 from fedex_scale.runtime.errors import UserError
@@ -86,9 +86,9 @@ with warnings.catch_warnings():  # BaseModel has a deprecated method of the name
     class DataConfig(Section, title="data"):
         """The training rows: which, how many, and how they become examples."""
 
-        path: str
+        path: str = ""
         """A hub id such as meta-math/MetaMathQA, or a .json, .jsonl, .csv or .parquet file or
-        glob."""
+        glob; none where partition.files names the data."""
         name: str | None = None
         """Configuration of a hub dataset, such as main of openai/gsm8k."""
         split: str = "train"
@@ -97,10 +97,27 @@ with warnings.catch_warnings():  # BaseModel has a deprecated method of the name
         """File or glob below `data_dir`, read instead of `path` where a data_dir is set."""
         data_dir: str | None = None
         """Where `local` lies; none: the environment variable FEDEX_SCALE_DATA, if set."""
-        schema: Literal["metamath", "gsm8k", "commonsense", "columns"] = "metamath"
-        """metamath (query, response), gsm8k, commonsense, or columns: the two named below."""
+        schema: Literal[
+            "auto",
+            "chat",
+            "alpaca",
+            "prompt_completion",
+            "text",
+            "metamath",
+            "gsm8k",
+            "commonsense",
+            "columns",
+        ] = "auto"
+        """What a row is: chat (messages or conversations), alpaca (instruction, input, output),
+        prompt_completion, text, metamath (query, response), gsm8k, commonsense, or columns: the
+        two named below. auto: told by the columns, where they leave no doubt."""
+        template: Literal["auto", "alpaca", "chat", "none"] = "auto"
+        """What is put around a row: Alpaca's sentence, a chat template, or nothing; auto: as the
+        schema has it (prompt_completion and text: none; columns: alpaca)."""
+        chat_template: str | None = None
+        """For chats: chatml, zephyr, or a Jinja file; none: the model's own."""
         prompt_column: str | None = None
-        """For columns: the instruction, without a prompt around it."""
+        """For columns: the instruction; template says what is put around it."""
         response_column: str | None = None
         """For columns: the response that is trained."""
         num_examples: Count | None = None
@@ -109,6 +126,11 @@ with warnings.catch_warnings():  # BaseModel has a deprecated method of the name
         """Which rows, where num_examples is fewer than there are."""
         max_length: Count = 512
         """Tokens of an example, prompt and end token included; longer ones are cut."""
+        max_dropped: Share = 0.05
+        """Share of the rows that may be empty, cut, or left out; more stop the run."""
+        holdout: Share | str = "auto"
+        """Rows of each client to hold out for the loss: a share, or a file; auto: 2% of those with
+        50 or more, where no task is scored; 0: none."""
 
         def problems(self) -> Iterator[str]:
             if self.data_dir is not None and self.local is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedex_scale.config.federation import (
     AggregateSection,
@@ -81,19 +81,17 @@ class EvaluationSection(Section, title="evaluation"):
     """Examples in a stock task's prompt; none: as the task has it."""
     batch_size: Count | Literal["auto"] = 16
     """Prompts generated at once; auto: as many as fit."""
+    include_path: str | None = None
+    """Directory with lm-eval tasks of one's own, which may run code."""
+    generate: str | None = None
+    """Text file with a prompt a line, answered before and after: answers.md in the run."""
 
     def problems(self) -> Iterator[str]:
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             yield f"evaluation.data_dir: no directory {named(self.data_dir)}; correct the path"
 
-    def due(self, round: int, rounds: int, *, held_out: bool = False) -> bool:
-        """Return whether the model is scored after `round` of `rounds` (0: before the first).
-
-        Args:
-            held_out: the task has held-out rows of its own.
-        """
-        if not (self.tasks or held_out):
-            return False
+    def due(self, round: int, rounds: int) -> bool:
+        """Return whether the model is looked at after `round` of `rounds` (0: before the first)."""
         if round == 0:
             return self.before
         return round == rounds or bool(self.every_rounds and round % self.every_rounds == 0)
@@ -115,7 +113,24 @@ class Config(Section):
     engine: EngineSection = Field(default_factory=EngineSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sites_are_data(cls, values: Any) -> Any:
+        """Let the section on data be left out where the clients' files are named."""
+        partition = values.get("partition") if isinstance(values, dict) else None
+        if isinstance(partition, dict) and partition.get("files"):
+            return {"data": {}, **values}
+        return values
+
     def problems(self) -> Iterator[str]:
+        if bool(self.data.path) == bool(self.partition.files):
+            given = "left out with partition.files" if self.data.path else "a file or a hub id"
+            yield f"data.path: expected {given}, got {shown(self.data.path)}; correct it"
+        if self.partition.files and self.data.num_examples is not None:
+            yield (
+                "data.num_examples: takes rows of all data, and partition.files has each client's "
+                f"own, got {self.data.num_examples}; leave it out"
+            )
         if self.method.name == "centralized" and self.federation.client_fraction < 1:
             yield "federation.client_fraction: centralized has one client; leave it at 1"
         if self.method.name == "ffa" and self.federation.init == "per_client":

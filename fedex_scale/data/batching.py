@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -28,21 +29,30 @@ class Examples:
     lengths: np.ndarray
     """Tokens of each example."""
     prompt_lengths: np.ndarray
-    """Tokens of each example's prompt, which is not trained."""
+    """Tokens of each example before the first that is trained."""
     rows: np.ndarray
     """The row that each example was made from."""
+    trained: np.ndarray | None = None
+    """Which of `tokens` are trained: bool; none: all after the prompt."""
     num_truncated: int = 0
     """Rows cut to the maximum length."""
     num_dropped: int = 0
-    """Rows left out, as their prompt alone fills the maximum length."""
+    """Rows left out, as none of their tokens within the maximum length would be trained."""
+    num_empty: int = 0
+    """Rows left out, as they hold no prompt or no response."""
+    longest: int = 0
+    """Tokens of the longest row, before it is cut."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def num_trained(self) -> np.ndarray:
-        """Tokens of each example that are trained: its response and the end token."""
-        return self.lengths - self.prompt_lengths
+        """Tokens of each example that are trained: its responses and their end tokens."""
+        if self.trained is None:
+            return self.lengths - self.prompt_lengths
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        return before[self.starts + self.lengths] - before[self.starts]
 
     def select(self, indices: Sequence[int]) -> Examples:
         """Return these examples only. The counts remain those of the whole."""
@@ -55,7 +65,31 @@ class Examples:
         start, length = self.starts[index], self.lengths[index]
         tokens = self.tokens[start : start + length].tolist()
         prompt = self.prompt_lengths[index]
-        return {"input_ids": tokens, "labels": [MASKED] * prompt + tokens[prompt:]}
+        labels = [MASKED] * prompt + tokens[prompt:]
+        if self.trained is not None:
+            labels = np.where(self.trained[start : start + length], tokens, MASKED).tolist()
+        return {"input_ids": tokens, "labels": labels}
+
+
+def concatenate(parts: Sequence[Examples]) -> Examples:
+    """Return the examples of all parts, one after another; rows are numbered on."""
+    if len(parts) == 1:
+        return parts[0]
+    in_turns = any(part.trained is not None for part in parts)
+    tokens = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    rows = np.cumsum([0, *(len(p) + p.num_dropped + p.num_empty for p in parts)])
+    return Examples(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        starts=np.concatenate([x.starts + at for x, at in zip(parts, tokens, strict=False)]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
+        rows=np.concatenate([x.rows + at for x, at in zip(parts, rows, strict=False)]),
+        trained=np.concatenate([_trained(part) for part in parts]) if in_turns else None,
+        num_truncated=sum(part.num_truncated for part in parts),
+        num_dropped=sum(part.num_dropped for part in parts),
+        num_empty=sum(part.num_empty for part in parts),
+        longest=max(part.longest for part in parts),
+    )
 
 
 def plan_steps(
@@ -148,6 +182,15 @@ def pack(examples: Examples, indices: Sequence[int], *, fallback: int) -> dict[s
         "labels": [[MASKED, *example["labels"][1:]] for example in chosen],
     }
     return {name: torch.tensor([list(chain(*parts))]) for name, parts in columns.items()}
+
+
+def _trained(examples: Examples) -> np.ndarray:
+    """Return which of the tokens are trained."""
+    if examples.trained is not None:
+        return examples.trained
+    lengths, prompts = examples.lengths, examples.prompt_lengths
+    place = np.arange(len(examples.tokens)) - np.repeat(examples.starts, lengths)
+    return place >= np.repeat(prompts, lengths)
 
 
 def _chosen(examples: Examples, indices: Sequence[int], fallback: int) -> list[dict]:

@@ -1,97 +1,80 @@
-"""From a row to the text that the model sees, and from the text to tokens with masked labels."""
+"""What a row is: the schemas that there are, which one the columns mean, and the prompts around."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from operator import add
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
+from fedex_scale.config.learning import DataConfig
+from fedex_scale.config.words import named
 from fedex_scale.data.answers import ANSWER_MARKER, gold_number
-from fedex_scale.data.batching import Examples
 from fedex_scale.runtime.errors import UserError
 
-_TASK = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n"
-)
+_BELOW = "Below is an instruction that describes a task"
+_WRITE = "Write a response that appropriately completes the request.\n\n"
+_TASK = f"{_BELOW}. {_WRITE}### Instruction:\n{{instruction}}\n\n"
 MATH_PROMPT = _TASK + "### Response:"
-"""Training on MetaMathQA; the response follows without a space. Source: arXiv:2309.12284."""
+"""Training on MetaMathQA; the response follows without a space. Source: arXiv:2309.12284. The same
+as Alpaca's for a row without an input."""
 MATH_EVALUATION_PROMPT = MATH_PROMPT + " Let's think step by step."
 COMMONSENSE_PROMPT = _TASK + "### Response:\n"
 """Training and evaluation on Commonsense170K. Source: LLM-Adapters, arXiv:2304.01933."""
+INPUT_PROMPT = (
+    f"{_BELOW}, paired with an input that provides further context. {_WRITE}"
+    "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
+)
+"""Of a row with an input. Source: https://github.com/tatsu-lab/stanford_alpaca, train.py."""
+BARE_PROMPT, BARE_INPUT_PROMPT = "{instruction}", "{instruction}\n\n{context}"
 MATH_STOPS = ("Instruction:", "Instruction", "Response:", "Response")
 """Where generation stops in the evaluation of GSM8K and MATH, beside the end token."""
-
-BATCH_ROWS = 1000  # tokenized at a time
 
 
 @dataclass(frozen=True)
 class Schema:
-    """Where a row holds its instruction and its response, and the prompt around them."""
+    """Where a row holds its instruction and its response, and the prompt around them.
 
-    instruction: str
+    Fields:
+        instruction, response: columns; without an instruction the response is plain text.
+        prompt: around the instruction of a row without a context.
+        convert: applied to the response.
+        context: column of a further input, empty in some rows.
+        prompt_with_context: around the two.
+        turns: column of a chat's turns, in place of instruction and response.
+        as_chat: rows go through a chat template.
+        chat_template: Jinja; none: the tokenizer's.
+    """
+
+    instruction: str | None
     response: str
     prompt: str = MATH_PROMPT
     convert: Callable[[str], str] = str
-    """Applied to the response."""
+    context: str | None = None
+    prompt_with_context: str = INPUT_PROMPT
+    turns: str | None = None
+    as_chat: bool = False
+    chat_template: str | None = None
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that every row needs."""
+        if self.turns:
+            return (self.turns,)
+        return tuple(column for column in (self.instruction, self.response) if column)
 
-def encode(
-    rows: Iterable[dict[str, Any]],
-    schema: Schema,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-) -> Examples:
-    """Tokenize rows; of each, the response and the end token are trained, the prompt is not.
-
-    An example of more than `max_length` tokens is cut there, and so has no end token: teaching a
-    model to stop in the middle of an answer would be wrong. One whose prompt leaves no room for a
-    token of the response is dropped. `Examples` counts both.
-
-    Raises:
-        UserError: the tokenizer has no end token, or no example is left.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer: expected one with an end token (eos), got none; set eos_token")
-    bos = begin_tokens(tokenizer)
-    pieces, prompt_lengths, kept, num_truncated = [], [], [], 0
-    for index, prompt, response in _tokenized(rows, schema, tokenizer):
-        prompt = bos + prompt
-        tokens = prompt + response + [tokenizer.eos_token_id]
-        if len(prompt) >= max_length:
-            continue
-        num_truncated += len(tokens) > max_length
-        pieces.append(np.array(tokens[:max_length], dtype=np.int32))
-        prompt_lengths.append(len(prompt))
-        kept.append(index)
-    if not kept:
-        raise UserError(
-            f"data.max_length: expected room for a prompt and some response, got {max_length}, "
-            "which no row fits; raise it or look at the rows"
-        )
-    lengths = np.array([len(piece) for piece in pieces])
-    return Examples(
-        tokens=np.concatenate(pieces),
-        starts=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        prompt_lengths=np.array(prompt_lengths),
-        rows=np.array(kept),
-        num_truncated=num_truncated,
-        num_dropped=index + 1 - len(kept),
-    )
-
-
-def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the begin token if the tokenizer puts one before every text, else nothing."""
-    tokens = tokenizer("")["input_ids"]
-    return [tokenizer.bos_token_id] if tokens[:1] == [tokenizer.bos_token_id] else []
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Return a row's prompt and response; None where one of them is empty."""
+        response = _text(row[self.response])
+        if not response.strip():
+            return None
+        if self.instruction is None:
+            return "", self.convert(response)
+        instruction = _text(row[self.instruction])
+        if not instruction.strip():
+            return None
+        context = _text(row.get(self.context)) if self.context else ""
+        prompt = self.prompt_with_context if context.strip() else self.prompt
+        return prompt.format(instruction=instruction, context=context), self.convert(response)
 
 
 def with_marker(answer: str) -> str:
@@ -99,34 +82,96 @@ def with_marker(answer: str) -> str:
     return f"{answer.rstrip()}\n{ANSWER_MARKER}{gold_number(answer)}"
 
 
-def _tokenized(
-    rows: Iterable[dict[str, Any]], schema: Schema, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Yield each row's index, prompt tokens and response tokens, without special ones.
-
-    Prompt and response are tokenized as one text, as published, and parted where the prompt's own
-    tokens end: SentencePiece would put a space before a response of its own. Where a token would
-    reach over the seam (Llama-3's `:$`), they are tokenized apart: generation goes on from the
-    prompt's own tokens, so training must see the same.
-    """
-    numbered = enumerate(rows)
-    while batch := list(islice(numbered, BATCH_ROWS)):
-        prompts = [schema.prompt.format(instruction=row[schema.instruction]) for _, row in batch]
-        responses = [schema.convert(str(row[schema.response])) for _, row in batch]
-        texts = [*prompts, *map(add, prompts, responses)]
-        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for (index, _), response, prompt, whole in zip(
-            batch, responses, tokens[: len(batch)], tokens[len(batch) :], strict=True
-        ):
-            if whole[: len(prompt)] == prompt:
-                yield index, prompt, whole[len(prompt) :]
-            else:
-                yield index, prompt, tokenizer(response, add_special_tokens=False)["input_ids"]
-
-
 SCHEMAS: dict[str, Schema] = {
     "metamath": Schema("query", "response"),
     "gsm8k": Schema("question", "answer", convert=with_marker),
     "commonsense": Schema("instruction", "output", prompt=COMMONSENSE_PROMPT),
+    "alpaca": Schema("instruction", "output", context="input"),
+    "prompt_completion": Schema("prompt", "completion", prompt=BARE_PROMPT),
+    "text": Schema(None, "text"),
 }
-"""`columns` has none: the config names its columns."""
+"""Those that a name says all of; `columns` names its own, and of `chat` there are two."""
+CHAT_COLUMNS = ("messages", "conversations")
+
+
+def schema_of(config: DataConfig, name: str | None = None, columns: Sequence[str] = ()) -> Schema:
+    """Return where the config's rows hold what, and what is put around it.
+
+    Args:
+        name: the schema; none: the config's, where it is not auto.
+        columns: that the rows have, for a chat's.
+
+    Raises:
+        UserError: the config puts something around it that cannot be.
+    """
+    name = name or config.schema
+    fits = {"chat": ("auto", "chat"), "text": ("auto", "none")}.get(name)
+    if fits and config.template not in fits:
+        raise UserError(
+            f"data.template: expected {fits[1]} with data.schema={name}, got {config.template}; "
+            "leave it out"
+        )
+    if name == "chat":
+        turns = next((column for column in CHAT_COLUMNS if column in columns), CHAT_COLUMNS[0])
+        schema = Schema(None, "", turns=turns, as_chat=True)
+    elif name == "columns":
+        schema = Schema(config.prompt_column, config.response_column)
+    else:
+        schema = SCHEMAS[name]
+    if config.template == "alpaca":
+        schema = replace(schema, prompt=MATH_PROMPT, prompt_with_context=INPUT_PROMPT)
+    if config.template in ("none", "chat"):
+        schema = replace(schema, prompt=BARE_PROMPT, prompt_with_context=BARE_INPUT_PROMPT)
+    as_chat = schema.as_chat or config.template == "chat"
+    if config.chat_template and not as_chat:
+        raise UserError(
+            f"data.chat_template: rows of data.schema={name} go through none, got "
+            f"{named(config.chat_template)}; set data.template=chat, or leave it out"
+        )
+    return replace(schema, as_chat=as_chat, chat_template=config.chat_template)
+
+
+def recognise(row: Mapping[str, Any], source: str) -> str:
+    """Return the name of the schema that the columns mean.
+
+    Args:
+        row: the first one.
+        source: as the user would name it.
+
+    Raises:
+        UserError: none, or several, can be meant.
+    """
+    filled = {column for column, value in row.items() if value is not None}
+    found = _known_by(filled, row)
+    if len(found) != 1:  # a cell of the first row may be empty
+        found = _known_by(set(row), row)
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(row)
+    why = f"which may be {' or '.join(found)}" if found else "which no schema is known by"
+    remedy = f"set data.schema={found[0]}" if found else "set data.schema"
+    raise UserError(
+        f"{source}: data.schema=auto: got columns {listed[:200]}, {why}; {remedy}, or columns with "
+        "data.prompt_column and data.response_column"
+    )
+
+
+def _known_by(columns: set[str], row: Mapping[str, Any]) -> list[str]:
+    """Return the schemas that rows with these columns may be of."""
+    found = []
+    if any(isinstance(row.get(column), list) for column in CHAT_COLUMNS):
+        found.append("chat")
+    if {"instruction", "output"} <= columns:
+        found += ["alpaca", "commonsense"] if "answer" in columns else ["alpaca"]
+    found += [name for name in ("metamath", "prompt_completion") if _fits(name, columns)]
+    if _fits("gsm8k", columns) and "####" in str(row["answer"]):
+        found.append("gsm8k")
+    return found or ["text"] * ("text" in columns)
+
+
+def _fits(name: str, columns: set[str]) -> bool:
+    return set(SCHEMAS[name].columns) <= columns
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -95,6 +95,10 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, logits_of: Callable, rows: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if not ctx.needs_input_grad[0]:
+            for x, y in zip(hidden.split(rows), targets.split(rows), strict=True):
+                total += functional.cross_entropy(logits_of(x).float(), y, reduction="sum")
+            return total
         gradient = torch.empty_like(hidden)
         for x, y, into in zip(
             hidden.split(rows), targets.split(rows), gradient.split(rows), strict=True

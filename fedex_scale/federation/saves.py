@@ -36,7 +36,7 @@ from fedex_scale.runtime.phases import phase
 # What may change between a run and its resumption: nothing in the result depends on it ...
 FREE = frozenset(
     "run.name run.dir run.overwrite run.resume run.keep run.save_steps run.trackers "
-    "run.profile_steps "
+    "run.profile_steps data.max_dropped "
     "federation.on_client_failure evaluation.batch_size".split()
 )
 # ... or rounding alone does; a running client then starts over.

@@ -9,14 +9,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedex_scale.data.prompts import SCHEMAS
+from fedex_scale.config.learning import DataConfig
+from fedex_scale.data.prompts import BARE_PROMPT, schema_of
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import record
+from fedex_scale.reporting.words import rows_told
 from fedex_scale.runtime.outputs import write_file
 from fedex_scale.runtime.scores import score_text
 
 CARD_FILE = "README.md"
+TEMPLATE_FILE = "chat_template.jinja"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
 # By what PEFT calls the kind of task.
@@ -38,7 +41,8 @@ FOLDERS = {
 
 
 def write(run: RunDir) -> Path:
-    """Write the card of a run whose other final files are there."""
+    """Write the card of a run whose other final files are there, and its chat template, if it is
+    not the model's own."""
     tree = record.gather(run)
     config = tree["config"]
     there = [name for name in FOLDERS if (run.final / name).is_dir()]
@@ -50,7 +54,7 @@ def write(run: RunDir) -> Path:
     opened = Adapter(run.final / adapter)
     rank, kind = opened.rank, opened.config["task_type"]
     data, targets = config["data"], config["lora"]["target_modules"]
-    base = base_name(config["model"]["path"])
+    base, template = base_name(config["model"]["path"]), tree["partition"].get("chat_template")
     fields = {
         "metadata": metadata(tree, base, PIPELINES[kind]).to_yaml(),
         "model_class": CLASSES[kind],
@@ -62,7 +66,9 @@ def write(run: RunDir) -> Path:
         "clients": config["partition"]["num_clients"],
         "rounds": tree["rounds_done"],
         "epochs": config["train"]["local_epochs"],
-        "data": data["path"] if _is_hub_id(data["path"]) else Path(data["path"]).name,
+        "data": (data["path"] if _is_hub_id(data["path"]) else Path(data["path"]).name) or "files",
+        "rows": rows_told(tree["partition"]),
+        "held_out": tree["held_out"],
         "examples": sum(part["num_examples"] for part in tree["partition"]["clients"]),
         "partition": config["partition"]["kind"],
         "max_length": data["max_length"],
@@ -78,10 +84,9 @@ def write(run: RunDir) -> Path:
         "adapter_rank": rank,
         "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
         "served": config["method"]["name"],
-        "prompt": None,
+        "prompt": prompt_of(tree),
+        "chat_template": TEMPLATE_FILE if template else None,
     }
-    if kind == "CAUSAL_LM" and data["schema"] in SCHEMAS:
-        fields["prompt"] = SCHEMAS[data["schema"]].prompt
     pages = Environment(
         loader=PackageLoader("fedex_scale", "reporting"),
         undefined=StrictUndefined,
@@ -89,9 +94,21 @@ def write(run: RunDir) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    if template:
+        write_file(run.final / TEMPLATE_FILE, template)
     path = run.final / CARD_FILE
     write_file(path, pages.get_template("card.md.j2").render(fields))
     return path
+
+
+def prompt_of(tree: Mapping[str, Any]) -> str | None:
+    """Return the prompt around an instruction of the training data; None where there is none."""
+    if tree["config"].get("task", {}).get("kind", "instruct") != "instruct":
+        return None
+    data = DataConfig(**tree["config"]["data"])
+    schema = schema_of(data, tree["partition"].get("schema", data.schema))
+    bare = schema.as_chat or schema.instruction is None or schema.prompt == BARE_PROMPT
+    return None if bare else schema.prompt
 
 
 def metadata(tree: Mapping[str, Any], base: str, pipeline: str) -> ModelCardData:

@@ -112,7 +112,9 @@ def _groups(records: Sequence[Record], folder: Path) -> dict[str, list[Group]]:
     return {
         "glance": [of_all(None, tables.glance(records))],
         "scores": [of_all(training.scores(records), tables.scores(records))],
-        "loss": of_each(training.loss, beside=tables.clients(records)),
+        "loss": of_each(
+            training.loss, beside=[*tables.held_out(records), *tables.clients(records)]
+        ),
         "deviation": [
             of_all(compared, [*(quotients if several else []), *tables.deviation(records)]),
             *of_each(*measured, beside=[] if several else quotients),

@@ -80,6 +80,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "scores": (scores := _scores(run)),
         "best": _best(scores),
         "steps": _of(events, "step"),
+        "held_out": _of(events, "held_out"),
         "clients": _of(events, "client"),
         "failures": _of(events, "failure"),
         "rounds": rounds,

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from fedex_scale.reporting.chart import Record
-from fedex_scale.reporting.words import Table, count, table
+from fedex_scale.reporting.words import Table, count, rows_told, table
 
 
 def in_one_line(run: Record) -> str:
@@ -38,7 +38,7 @@ def data(records: Sequence[Record]) -> list[Table]:
             kinds = []
         rows = [
             [
-                f"client {part['client']}",
+                part.get("name", f"client {part['client']}"),
                 f"{part['num_examples']:,}",
                 *(f"{part['counts'].get(kind, 0):,}" for kind in kinds),
             ]
@@ -78,7 +78,9 @@ def _facts(run: Record) -> dict[str, str]:
         "method": f"{method_of(run)}, fold: {config['aggregate']['fold']}",
         "adapter": f"rank {lora['rank']}, alpha {lora['alpha']:g}, "
         + _listed(lora["target_modules"]),
-        "data": f"{source['path']}: {examples:,} examples of at most {source['max_length']} tokens",
+        "data": f"{source['path'] or 'files'}: {examples:,} examples of at most "
+        f"{source['max_length']} tokens",
+        "rows left out or cut": rows_told(run["partition"]) or "none",
         "clients": f"{partition['num_clients']}, {partition['kind']}"
         + (f", alpha {partition['alpha']:g}" if partition["kind"].startswith("dirichlet") else "")
         + (f", {federation['client_fraction']:.0%} a round" * (federation["client_fraction"] < 1)),

@@ -29,6 +29,9 @@ SECTIONS = (
 )
 
 
+LISTED = 8  # clients with a column each
+
+
 def notes(run: Record, *, name: bool) -> list[str]:
     """Return what a reader must not miss: unfinished, failed clients, warnings of the rounds."""
     who = f"{run['name']}: " if name else ""
@@ -54,6 +57,10 @@ def tiles(run: Record) -> list[tuple[str, str]]:
     for name, score in list(after.items())[:3]:
         first = f"{score_text(name, before[name]['value'])} → " if name in before else ""
         shown.append((first + score_of(score), short(name)))
+    looks = run.get("held_out") or []
+    if looks:
+        first = f"{looks[0]['loss']:.3f} → " if len(looks) > 1 else ""
+        shown.append((f"{first}{looks[-1]['loss']:.3f}", "loss on held-out examples"))
     if run["rounds"]:
         last = run["rounds"][-1]
         total = last["deviation"]["total"]
@@ -95,6 +102,33 @@ def scores(records: Sequence[Record]) -> list[Table]:
             row.append(f"{score_text(name, own['value'])} ({own['round']})" if own else "-")
         rows.append(row)
     return [table(["task", "examples", "before", *heads], rows, caption=caption)]
+
+
+def held_out(records: Sequence[Record]) -> list[Table]:
+    """Return the loss on held-out examples over the rounds, of all clients and of each."""
+    found = []
+    for run in records:
+        looks = run.get("held_out") or []
+        if not looks:
+            continue
+        names = list(looks[0]["clients"])[:LISTED]
+        names = names if len(names) > 1 else []
+        rows = [
+            [
+                str(look["round"]) if look["round"] else "before",
+                f"{look['loss']:.4f}",
+                f"{look['perplexity']:.2f}",
+                *(f"{look['clients'][name]:.4f}" for name in names),
+            ]
+            for look in looks
+        ]
+        whose = f"{run['name']}: mean" if len(records) > 1 else "Mean"
+        about = (
+            f"{whose} loss over the tokens of {looks[0]['examples']:,} held-out examples, which "
+            "nobody trained on; perplexity is its exponential."
+        )
+        found.append(table(["round", "held-out loss", "perplexity", *names], rows, caption=about))
+    return found
 
 
 def clients(records: Sequence[Record]) -> list[Table]:

@@ -43,3 +43,11 @@ def score_of(score: Record | None) -> str:
 
 def error_of(score: Record) -> str:
     return f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
+
+
+def rows_told(partition: Record) -> str | None:
+    """Return what became of the rows that are not trained whole; None where all are."""
+    parts = {what: partition.get(what, 0) for what in ("empty", "dropped", "truncated")}
+    words = {"empty": "empty", "dropped": "without room for a response", "truncated": "cut"}
+    listed = ", ".join(f"{count:,} {words[what]}" for what, count in parts.items() if count)
+    return f"{listed}, of {partition['rows']:,} rows" if listed and "rows" in partition else None

@@ -76,6 +76,7 @@ class Monitor:
             "round": self._round,
             "failure": self._failure,
             "eval": self._eval,
+            "held_out": self._held_out,
         }
         show.get(event, lambda fields: None)(fields)
         if event == "step":
@@ -159,6 +160,13 @@ class Monitor:
         scores = self._add_scores(fields)
         listed = ", ".join(f"{name} {score_text(name, value)}" for name, value in scores.items())
         self.say(f"{when}: {listed} ({_duration(fields['took_s'])})")
+
+    def _held_out(self, fields: dict[str, Any]) -> None:
+        when = f"after round {fields['round']}" if fields["round"] else "before training"
+        self.say(
+            "{when}: held-out loss {loss:.4f}, perplexity {perplexity:.2f} ({examples} examples, "
+            "{took})".format(**fields, when=when, took=_duration(fields["took_s"]))
+        )
 
     def _add_scores(self, fields: Mapping[str, Any]) -> dict[str, float]:
         scores = {k: v for k, v in fields.items() if "/" in k}

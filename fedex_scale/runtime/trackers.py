@@ -89,6 +89,11 @@ class Trackers:
         elif event == "eval":
             self._send("scores", {k: v for k, v in numbers.items() if "/" in k}, fields["round"])
 
+        elif event == "held_out":
+            each = {f"{name}/loss": loss for name, loss in fields["clients"].items()}
+            kept = {k: fields[k] for k in ("loss", "perplexity")}
+            self._send("held_out", kept | each, fields["round"])
+
     def _start(self, name: str, project: str, /, **options: Any) -> None:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.config.shipped import shipped
+from fedex_scale.config.words import named
 from fedex_scale.data.sources import cause_of
 from fedex_scale.data.suites import data_root
 from fedex_scale.runtime import distributed
@@ -42,12 +43,19 @@ def check_tasks(section: EvaluationSection) -> None:
     if not section.tasks:
         return
     _check_files(section)
+    if section.include_path is not None and not Path(section.include_path).is_dir():
+        raise UserError(
+            f"evaluation.include_path: expected a directory with tasks, found none at "
+            f"{named(section.include_path)}; correct the path"
+        )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(section)
     for name in section.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {near[0]}?" if near else f"see {TASKS_DIR}"
+            if name.endswith((".yaml", ".yml")):
+                hint = "name it by its `task`, and its directory in evaluation.include_path"
             raise UserError(f"evaluation.tasks: unknown task {name}; {hint}")
     if section.num_fewshot and all(map(_is_ours, section.tasks)):
         raise UserError(
@@ -128,6 +136,19 @@ def scores(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Leave training mode and every random state as they are now."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    for module, training in modes:
+        module.training = training
+
+
 def warnings(results: dict[str, Any]) -> list[str]:
     """Return a line for each task some of whose answers cannot be read, and what was left out."""
     unparsed = [
@@ -152,19 +173,6 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
         "target": row["target"],
         "verdict": {metric: row[metric] for metric in row["metrics"]},
     }
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Leave training mode and every random state as they are now."""
-    modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-    for module, training in modes:
-        module.training = training
 
 
 def _wants_bos(model: nn.Module) -> bool | None:
@@ -222,10 +230,10 @@ def _is_ours(task: str) -> bool:
 
 
 def _check_files(section: EvaluationSection) -> None:
-    for task, named in (section.data or {}).items():
-        if isinstance(named, dict) and _is_ours(task):
-            raise UserError(f"evaluation.data: {task}: expected one file, got {named}; name it")
-        for file in named.values() if isinstance(named, dict) else [named]:
+    for task, files in (section.data or {}).items():
+        if isinstance(files, dict) and _is_ours(task):
+            raise UserError(f"evaluation.data: {task}: expected one file, got {files}; name it")
+        for file in files.values() if isinstance(files, dict) else [files]:
             if not Path(str(file)).is_file():
                 raise UserError(f"evaluation.data: {task}: no file {file}; correct the path")
 
@@ -233,16 +241,18 @@ def _check_files(section: EvaluationSection) -> None:
 def _task_manager(section: EvaluationSection) -> TaskManager:
     """Return lm-eval's list of tasks, which tells ours where local rows lie."""
     ours = all(map(_is_ours, section.tasks))
-    return _cached_manager(ours, json.dumps(section.data), section.data_dir)
+    return _cached_manager(ours, json.dumps(section.data), section.data_dir, section.include_path)
 
 
 @cache
-def _cached_manager(ours: bool, data: str, data_dir: str | None) -> TaskManager:
+def _cached_manager(
+    ours: bool, data: str, data_dir: str | None, include_path: str | None
+) -> TaskManager:
     """Return the list; reading the thousands of stock ones takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(
-        include_path=str(TASKS_DIR),
+        include_path=[str(TASKS_DIR), *([include_path] if include_path else [])],
         include_defaults=not ours,
         metadata={"data": json.loads(data), "data_dir": data_dir},
     )

@@ -166,10 +166,23 @@ def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subj
     return Subject(
         model=model,
         adapter=adapter or final,
-        section=replace(section, **asked),
+        section=replace(_without_code(section, run, asked), **asked),
         out=run.path / "evaluations" / "scored",
         known_as=(config.model.path, config.method.name),
     )
+
+
+def _without_code(
+    section: EvaluationSection, run: RunDir, asked: Mapping[str, Any]
+) -> EvaluationSection:
+    """Leave out a run's own directory of tasks: whoever made the run is not who scores it."""
+    if section.include_path is not None and "include_path" not in asked and distributed.is_main():
+        log.warning(
+            "%s: evaluation.include_path of its config.yaml is ignored; pass --include-path to run "
+            "the code of its tasks",
+            run.path,
+        )
+    return replace(section, include_path=None)
 
 
 def _trusting(model: ModelSection, name: str, trusted: bool) -> ModelSection:

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedex_scale.config.settings import Config
+from fedex_scale.data.clients import Clients
+from fedex_scale.data.partition import describe, split
+from fedex_scale.methods.all import METHODS
+from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.tasks import classify, generate, images, instruct
-from fedex_scale.tasks.interface import CAUSAL, ModelKind, Task
+from fedex_scale.tasks.interface import CAUSAL, ModelKind, Score, Task
 
 OPEN: dict[str, Callable[[Config, Any], Task]] = {
-    "instruct": instruct.open_task,
     "classify": classify.open_task,
     "regress": classify.open_task,
     "generate": generate.open_task,
     "images": images.open_task,
 }
+"""Those that are one table of rows; `instruct` reads what clients have."""
 
 
-def open_task(config: Config, processor: Any) -> Task:
-    """Read a run's rows and make them examples.
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What is learned, who learns it, and how it is scored on the task's own held-out rows."""
+
+    model: ModelKind
+    clients: Clients
+    score: Score | None = None
+
+    @property
+    def largest_token(self) -> int:
+        """0 where there are no tokens."""
+        parts = (*self.clients.train, *self.clients.held_out.values())
+        return max(getattr(part, "largest_token", 0) for part in parts)
+
+
+def read_lesson(config: Config, processor: Any) -> Lesson:
+    """Read a run's rows, make them examples, and deal them out.
 
     Args:
         processor: the model's tokenizer, or what makes its inputs of images.
@@ -29,9 +48,32 @@ def open_task(config: Config, processor: Any) -> Task:
     Raises:
         UserError: the rows cannot be had, or are not what the kind needs.
     """
+    if config.task.kind == "instruct":
+        return Lesson(model=CAUSAL, clients=instruct.read(config, processor))
+    if config.partition.kind == "sites":
+        raise UserError(
+            f"partition.kind: sites expects task.kind=instruct, got {config.task.kind}; put the "
+            "rows into one file, with a column that names the site, and set partition.kind=natural"
+        )
     task = OPEN[config.task.kind](config, processor)
     kind = replace(task.model, seed=derive_seed(config.run.seed, "head"))
-    return replace(task, model=kind)
+    return Lesson(model=kind, clients=_deal(config, task), score=task.score)
+
+
+def _deal(config: Config, task: Task) -> Clients:
+    parts = split(task.rows, config.partition, derive_seed(config.run.seed, "partition"))
+    report = describe(parts, task.rows, config.partition.column) | dict(task.examples.notes)
+    names = [f"client {client}" for client in range(len(parts))]
+    if METHODS[config.method.name].one_client:
+        parts = [sorted(index for part in parts for index in part)]
+    return Clients(
+        train=[task.examples.select(part) for part in parts],
+        held_out={},
+        names=names,
+        schema=config.task.kind,
+        report=report,
+        notes=[],
+    )
 
 
 def kind_without_rows(config: Config) -> ModelKind:

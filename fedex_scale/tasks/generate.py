@@ -20,7 +20,8 @@ from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
 from fedex_scale.config.task import TaskSection
 from fedex_scale.data.batching import MASKED
-from fedex_scale.data.prompts import Schema, begin_tokens, encode
+from fedex_scale.data.encode import begin_tokens, encode
+from fedex_scale.data.prompts import Schema
 from fedex_scale.runtime import distributed
 from fedex_scale.tasks import nlg
 from fedex_scale.tasks import rows as reading

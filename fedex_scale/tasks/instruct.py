@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,18 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.config.settings import Config
 from fedex_scale.data import batching
-from fedex_scale.data.prompts import encode
-from fedex_scale.data.sources import load_rows, schema_of
-from fedex_scale.runtime.seeds import derive_seed
-from fedex_scale.tasks.interface import CAUSAL, Task
+from fedex_scale.data.clients import Clients, count_rows, digest_of, read_clients
 
 
-def open_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Read the rows and tokenize them."""
-    rows = load_rows(config.data, derive_seed(config.run.seed, "rows"))
-    examples = encode(rows, schema_of(config.data), tokenizer, max_length=config.data.max_length)
-    tokens = Tokens(examples, pad_id=tokenizer.pad_token_id, packing=config.train.packing)
-    return Task(model=CAUSAL, rows=rows.select(examples.rows), examples=tokens)
+def read(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
+    """Return each client's examples, ready for batches."""
+    clients = read_clients(config, tokenizer)
+    pad_id, packing = tokenizer.pad_token_id, config.train.packing
+    return replace(
+        clients,
+        train=[Tokens(examples, pad_id, packing) for examples in clients.train],
+        held_out={name: Tokens(examples, pad_id) for name, examples in clients.held_out.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,7 @@ class Tokens:
     @property
     def notes(self) -> Mapping[str, Any]:
         """Return counts, and the SHA-256 of the tokens: another tokenizer is another run."""
-        own, digest = self.examples, hashlib.sha256()
-        for array in (own.tokens, own.lengths, own.prompt_lengths):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        counts = {"truncated": own.num_truncated, "dropped": own.num_dropped}
-        return counts | {"sha256": digest.hexdigest()}
+        return {**count_rows(self.examples), "sha256": digest_of(self.examples)}
 
     def select(self, indices: Sequence[int]) -> Tokens:
         return replace(self, examples=self.examples.select(indices))

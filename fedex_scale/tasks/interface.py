@@ -99,16 +99,20 @@ class ModelKind:
 CAUSAL = ModelKind()
 
 
+Score = Callable[[nn.Module, int], Scores]
+"""Scores the model on held-out rows, in batches of so many; every rank must take part."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A task with its rows read.
 
     Fields:
         rows: the training rows, of which each example is made from one, in the same order.
-        score: scores the model on held-out rows; every rank must take part. None: there are none.
+        score: None: there are no held-out rows.
     """
 
     model: ModelKind
     rows: Dataset
     examples: Examples
-    score: Callable[[nn.Module, int], Scores] | None = None
+    score: Score | None = None

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset
 
 from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
-from fedex_scale.data.sources import DATA_DIR_VARIABLE, choose_rows, read_rows
+from fedex_scale.data.sources import DATA_DIR_VARIABLE, choose, read_rows
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
 
@@ -44,7 +44,8 @@ def divide(config: Config, source: str, rows: Dataset, test: Dataset | None) -> 
         held = held_out(rows, config.task.holdout, config.task.holdout_by, seed, source)
         test = rows.select(np.flatnonzero(held))
         rows = rows.select(np.flatnonzero(~held))
-    rows = choose_rows(rows, config.data, derive_seed(seed, "rows"), source)
+    if config.data.num_examples is not None:
+        rows = rows.select(choose(len(rows), config.data, derive_seed(seed, "rows"), source))
     count = config.task.test_examples
     if test is not None and count is not None and count < len(test):
         draw = np.random.Generator(np.random.PCG64(derive_seed(seed, "test")))

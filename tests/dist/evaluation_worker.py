@@ -20,6 +20,11 @@ from fedex_scale.scoring.evaluation import evaluate
 from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.engine.models import load_tokenizer
 from fedex_scale.config.learning import ModelSection
+from fedex_scale.data.encode import encode
+from fedex_scale.data.prompts import SCHEMAS
+from fedex_scale.scoring.asked import answers
+from fedex_scale.scoring.loss import held_out_loss
+from fedex_scale.tasks.instruct import Tokens
 from fedex_scale.scoring.spread import spread_requests
 
 
@@ -53,10 +58,26 @@ def main(model: str, deepspeed: str, data_dir: str, out: str) -> None:
         likelihoods = lm.loglikelihood([request(*pair) for pair in PAIRS])
     written = {name: results.get(name) for name in ("results", "samples")}
     written["likelihoods"] = likelihoods
+    examples = Tokens(
+        encode(ROWS, SCHEMAS["text"], tokenizer, max_length=512), tokenizer.pad_token_id
+    )
+    parts = {"a": examples.select([0, 1, 2, 3]), "b": examples.select([4])}
+    written["held_out"] = held_out_loss(engine.model, parts, micro_batch_size=2)
+    texts = [row["text"] for row in ROWS[:3]]
+    written["answers"] = answers(
+        engine.model, tokenizer, texts, as_chat=False, batch_size=2
+    )
     torch.save(written, Path(out) / f"rank{distributed.rank()}.pt")
     distributed.leave(0)
 
 
+ROWS = [
+    {"text": "Tom has 12 apples."},
+    {"text": "A box holds 6 pens. How many pens are in 4 boxes?"},
+    {"text": "24"},
+    {"text": "Is the sky blue on a clear day? the correct answer is true"},
+    {"text": "Mia had 35 coins"},
+]
 PAIRS = [("Tom has", " 12"), ("Tom has", " 7 more"), ("A box", " holds"), ("The sky is", " blue")]
 
 

@@ -59,6 +59,14 @@ def test_two_ranks_give_what_one_gives(
     assert len(outputs(main)) == 5 + 3
     assert main["results"] == expected["results"]
     for mine in (main, other):
+        assert mine["answers"] == expected["answers"]
+        for key in ("examples", "tokens"):
+            assert mine["held_out"][key] == expected["held_out"][key]
+        assert mine["held_out"]["loss"] == pytest.approx(expected["held_out"]["loss"], rel=1e-6)
+        assert mine["held_out"]["clients"] == pytest.approx(
+            expected["held_out"]["clients"], rel=1e-6
+        )
+        assert mine["held_out"].keys() == expected["held_out"].keys()
         for (value, greedy), (value_alone, greedy_alone) in zip(
             mine["likelihoods"], expected["likelihoods"], strict=True
         ):

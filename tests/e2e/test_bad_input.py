@@ -25,6 +25,13 @@ CASES = {
     "evaluation.tasks=[fedex_word_problem]": "did you mean fedex_word_problems",
     "run.trackers=[tensorbord]": "expected a list of any of tensorboard",
     "method.name=fedx": "fedex",
+    "data.holdout=nowhere.jsonl": "data.holdout: expected a file, found none at nowhere.jsonl",
+    "data.max_length=60": "which no row fits; data.max_length=",
+    "data.template=chat": "set data.chat_template to chatml or zephyr (any model)",
+    "evaluation.generate=nowhere.txt": "expected a text file, found none at nowhere.txt",
+    "evaluation.include_path=nowhere": "expected a directory with tasks, found none at nowhere",
+    "evaluation.tasks=[my/task.yaml]": "its directory in evaluation.include_path",
+    "partition={kind: sites, files: nowhere}": "data.path: expected left out with partition.files",
     "no_equals_sign": "expected section.key=value",
 }
 

@@ -35,7 +35,7 @@ def start_tracked(
     command += [f"run.trackers=[{name}]", f"run.dir={folder}", f"run.name=with_{name}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [*command, "partition.num_clients=2", *overrides],
+        [*command, "partition.num_clients=2", "data.holdout=0.2", *overrides],
         capture_output=True,
         text=True,
         timeout=300,
@@ -57,6 +57,11 @@ def told(run: Path) -> dict[str, list[tuple[int, float]]]:
         if event["event"] == "round":
             for key in ("kept", "kept_of_all"):
                 series[f"rounds/{key}"].append((event["round"], event[key]))
+        if event["event"] == "held_out":
+            for key in ("loss", "perplexity"):
+                series[f"held_out/{key}"].append((event["round"], event[key]))
+            for name, loss in event["clients"].items():
+                series[f"held_out/{name}/loss"].append((event["round"], loss))
         if event["event"] == "eval":
             for key in event:
                 if "/" in key:
@@ -68,6 +73,7 @@ def check(read: dict[str, list[tuple[int, float]]], run: Path) -> None:
     expected = told(run)
     assert {f"{client}/loss" for client in CLIENTS} < set(expected)
     assert any(name.startswith("scores/") for name in expected)
+    assert {"held_out/loss", "held_out/perplexity", "held_out/client 1/loss"} < set(expected)
     for name, points in expected.items():
         assert [at for at, _ in read[name]] == [at for at, _ in points], name
         values = [value for _, value in points]

@@ -8,13 +8,13 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from fedex_scale.data.encode import encode
 from fedex_scale.data.prompts import (
     COMMONSENSE_PROMPT,
     MATH_EVALUATION_PROMPT,
     MATH_PROMPT,
     SCHEMAS,
     Schema,
-    encode,
 )
 from fedex_scale.runtime.errors import UserError
 
@@ -152,7 +152,7 @@ def test_many_rows_are_tokenized_in_batches(
 ):
     rows = [{"query": f"{i}?", "response": str(i)} for i in range(7)]
     whole = encode(rows, SCHEMAS["metamath"], tokenizer, max_length=512)
-    monkeypatch.setattr("fedex_scale.data.prompts.BATCH_ROWS", 3)
+    monkeypatch.setattr("fedex_scale.data.encode.BATCH_ROWS", 3)
     batched = encode(iter(rows), SCHEMAS["metamath"], tokenizer, max_length=512)
     assert [batched[i] for i in range(7)] == [whole[i] for i in range(7)]
     assert batched.rows.tolist() == list(range(7))

@@ -26,6 +26,7 @@ CASES = {
     "overflow": ["aggregate.side_rank=2", "model.dtype=bfloat16", "federation.client_fraction=0.7"],
     "flora": ["method.name=flora", "aggregate.fold=carry"],
     "ffa": ["method.name=ffa"],
+    "held_out": ["data.holdout=0.2", "lora.dropout=0.1", "evaluation.every_rounds=1"],
 }
 
 
@@ -94,6 +95,8 @@ def check_interrupted(
         starts += 1
     assert starts > 10
     assert_same_result(whole.path, parts.path)
+    looks = [x["round"] for x in events(parts.path) if x["event"] == "held_out"]
+    assert looks == ([0, 1, 2] if case == "held_out" else [])
     assert len(checkpoint.numbers(parts)) <= 3
 
 
