@@ -24,7 +24,7 @@ from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
 from fedex_scale.engine.build import Engine, Source, fold_targets
 from fedex_scale.federation import server
-from fedex_scale.federation.client import ClientUpdate, read_update, train_client
+from fedex_scale.federation.client import ClientUpdate, read_update, show, train_client
 from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import ClientProgress, Place, ServerState
 from fedex_scale.files.run_dir import RunDir
@@ -63,7 +63,7 @@ def run_rounds(
     server.refold(config, engine, targets, run, state)
     evaluate(state)
     for round in range(state.round + 1, config.federation.rounds + 1):
-        server.show(engine, run, state)
+        show(engine, run, state)
         start_of = server.starts(config, engine, run, round)
         for client in choose_clients(config.federation, len(clients), config.run.seed, round):
             if client not in saver.place.done + saver.place.skipped:

@@ -50,7 +50,12 @@ class Engine:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (O, I) of every adapted layer."""
-        return {n: (layer.out_features, layer.in_features) for n, layer in self.layers.items()}
+        return lora_model.shapes(self.layers)
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether any adapted layer is GPT-2's Conv1D, which stores its weight as (I, O)."""
+        return lora_model.is_conv1d(self.layers)
 
 
 def build_engine(
@@ -182,11 +187,6 @@ def train_step(
     else:
         _plain_step(engine)
     return distributed.sum_over_ranks(float(total))[0]
-
-
-def is_conv1d(engine: Engine) -> bool:
-    """Return whether any adapted layer is GPT-2's Conv1D, which stores its weight as (I, O)."""
-    return any(layer.fan_in_fan_out for layer in engine.layers.values())
 
 
 def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair]]:

@@ -17,13 +17,17 @@ from fedex_scale.data.batching import Examples, collate, pack, plan_steps, shard
 from fedex_scale.engine.build import (
     Engine,
     Source,
-    is_conv1d,
     read_pairs,
     reset_for_client,
+    set_adapter,
+    set_side,
     train_step,
 )
-from fedex_scale.federation.state import ClientProgress
-from fedex_scale.files.adapters import AdapterWriter
+from fedex_scale.federation.facts import open_adapter
+from fedex_scale.federation.history import History
+from fedex_scale.federation.state import ClientProgress, ServerState
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import ClientFailure
@@ -70,6 +74,14 @@ def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
         "constant": 1.0,
     }[section.schedule]
     return section.learning_rate * factor
+
+
+@phase("folding")
+def show(engine: Engine, run: RunDir, state: ServerState) -> None:
+    """Let the engine hold what clients train on: the server's adapter, and the side adapter."""
+    if state.has_side and not engine.has_planes:
+        set_side(engine, History(run, state.round).side)
+    set_adapter(engine, Adapter(run.adapter(state.round)).pair, side=state.has_side)
 
 
 def train_client(
@@ -207,19 +219,6 @@ def write_adapter(
         for layer, pair in _finite_pairs(engine, who=who):
             if write is not None:
                 write(layer, pair)
-
-
-def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) -> AdapterWriter:
-    """Return a writer for an adapter of the run's rank and alpha over the engine's layers."""
-    return AdapterWriter(
-        directory,
-        engine.shapes(),
-        rank=lora.rank,
-        alpha=lora.alpha,
-        base=base,
-        use_rslora=lora.use_rslora,
-        fan_in_fan_out=is_conv1d(engine),
-    )
 
 
 def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair]]:

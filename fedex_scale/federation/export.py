@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 
 from fedex_scale.aggregation.weights import Target, fold
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, Source, is_conv1d, read_base_weight, set_single
+from fedex_scale.engine.build import Engine, Source, read_base_weight, set_single
+from fedex_scale.federation.client import show
+from fedex_scale.federation.facts import Facts
 from fedex_scale.federation.history import History
-from fedex_scale.federation.server import show
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter, AdapterWriter, out_of_range, write_joined
 from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
@@ -83,44 +84,52 @@ def show_handed_over(engine: Engine, run: RunDir, state: ServerState) -> None:
 def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState) -> dict[str, Path]:
     """Write final/adapter, final/exact_adapter and, where a fold changed it, final/base.
 
-    final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
-    base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
-    float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
-    their updates there too. It is left out where the clients were too many to keep their residual.
+    Every rank must take part.
 
     Returns:
         What was written, by name, to show the user.
     """
-    written = {"adapter": run.final / "adapter"}
-    if distributed.is_main():
-        server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
-        if handed.rank == server.rank:
-            shutil.copytree(server.path, written["adapter"])
-        else:
-            base, rank = config.model.path, handed.rank
-            with AdapterWriter(
-                written["adapter"],
-                engine.shapes(),
-                rank=rank,
-                alpha=rank,
-                base=base,
-                fan_in_fan_out=is_conv1d(engine),
-            ) as writer:
-                for layer in server.layers:
-                    writer.write(layer, handed.source(layer))
-        if not _rounds_without_factors(run, state.round):
-            written["exact_adapter"] = run.final / "exact_adapter"
-            parts = [server, *_residuals(run, state.round)]
-            write_joined(
-                written["exact_adapter"],
-                parts,
-                base=config.model.path,
-                fan_in_fan_out=is_conv1d(engine),
-            )
+    written = distributed.on_main(lambda: write_adapters(config, engine, run, state))
     if state.base_changed and not config.model.random:
         _write_base(config, engine, run.final / "base")
         written["base"] = run.final / "base"
     distributed.barrier()
+    return written
+
+
+def write_adapters(
+    config: Config, facts: Facts, run: RunDir, state: ServerState
+) -> dict[str, Path]:
+    """Write final/adapter and final/exact_adapter; no model is needed.
+
+    final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
+    base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
+    float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
+    their updates there too. It is left out where the clients were too many to keep their residual.
+    """
+    written = {"adapter": run.final / "adapter"}
+    server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
+    if handed.rank == server.rank:
+        shutil.copytree(server.path, written["adapter"])
+    else:
+        with AdapterWriter(
+            written["adapter"],
+            facts.shapes(),
+            rank=handed.rank,
+            alpha=handed.rank,
+            base=config.model.path,
+            fan_in_fan_out=facts.is_conv1d,
+        ) as writer:
+            for layer in server.layers:
+                writer.write(layer, handed.source(layer))
+    if not _rounds_without_factors(run, state.round):
+        written["exact_adapter"] = run.final / "exact_adapter"
+        write_joined(
+            written["exact_adapter"],
+            [server, *_residuals(run, state.round)],
+            base=config.model.path,
+            fan_in_fan_out=facts.is_conv1d,
+        )
     return written
 
 
