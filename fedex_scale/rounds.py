@@ -121,16 +121,27 @@ def choose_clients(
 
 
 def client_weights(section: FederationSection, updates: Sequence[ClientUpdate]) -> list[float]:
-    """Return w_k, summing to 1: shares of the examples, or all alike.
+    """Return w_k, summing to 1: shares of the examples that each counts for, or all alike.
 
     Raises:
-        UserError: every client of the round failed.
+        UserError: too many clients of the round failed.
     """
-    if not updates:
-        raise UserError("federation: every client of the round failed; lower train.learning_rate")
-    uniform = section.weights == "uniform"
-    shares = [1 if uniform else update.num_examples for update in updates]
+    if len(updates) < section.min_clients:
+        raise UserError(
+            f"federation.min_clients: expected {section.min_clients} clients, got {len(updates)}; "
+            "the others failed, or sent nothing that can be used"
+        )
+    shares = [_counted(section, update) for update in updates]
     return [share / sum(shares) for share in shares]
+
+
+def _counted(section: FederationSection, update: ClientUpdate) -> int:
+    """Return the examples that a client counts for."""
+    if section.weights == "uniform":
+        return 1
+    if update.client < len(section.fixed_examples):
+        return section.fixed_examples[update.client]
+    return min(update.num_examples, section.max_examples or update.num_examples)
 
 
 def round_half_up(x: float) -> int:

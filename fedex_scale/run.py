@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +47,9 @@ from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.runtime.trackers import Trackers
 from fedex_scale.scoring import evaluation
+
+SHARED_WAIT_S = 20.0
+"""A network's file system may show a new file late."""
 
 
 def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
@@ -89,6 +94,7 @@ def _run_or_resume(config: Config) -> None:
             distributed.on_main(lambda: trackers.open(to_dict(config)))
             engine = distributed.together(lambda: engine_for(config, len(clients)))
             distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
+            check_shared(run.path)
         for note in found.notes:
             _tell(note)
         _run(config, engine, tokenizer, clients, run, found.checkpoint, trackers)
@@ -132,26 +138,13 @@ def load_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 def engine_for(config: Config, num_clients: int) -> Engine:
     """Build the run's engine."""
-    train = config.train
-    per_forward = train.micro_batch_size * distributed.world_size()
     chosen = len(choose_clients(config.federation, num_clients, config.run.seed, 1))
     side_rank = side_rank_of(
         config.method, config.aggregate, chosen, config.lora.rank, config.federation.rounds
     )
     adds = base_update_rank(config.method, chosen, config.lora.rank) > 0
-    engine = build_engine(
-        config.model,
-        config.lora,
-        config.engine,
-        trains=METHODS[config.method.name].trains,
-        side_rank=side_rank,
-        has_planes=adds and config.aggregate.fold == "planes",
-        optimizer=train.optimizer,
-        micro_batch_size=train.micro_batch_size,
-        accumulation=max(1, -(-train.batch_size // per_forward)),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-    )
+    has_planes = adds and config.aggregate.fold == "planes"
+    engine = engine_with(config, side_rank=side_rank, has_planes=has_planes)
     tied = lora_model.tied_layers(engine.model)
     if tied and adds and config.aggregate.fold != "side":
         raise UserError(
@@ -160,6 +153,25 @@ def engine_for(config: Config, num_clients: int) -> Engine:
             "aggregate.fold=side, which leaves the base as it is"
         )
     return engine
+
+
+def engine_with(config: Config, *, side_rank: int, has_planes: bool = False) -> Engine:
+    """Build an engine to train clients on, with room for a side adapter or planes."""
+    train = config.train
+    per_forward = train.micro_batch_size * distributed.world_size()
+    return build_engine(
+        config.model,
+        config.lora,
+        config.engine,
+        trains=METHODS[config.method.name].trains,
+        side_rank=side_rank,
+        has_planes=has_planes,
+        optimizer=train.optimizer,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=max(1, -(-train.batch_size // per_forward)),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
 
 
 def digest_of(examples: Examples) -> str:
@@ -212,6 +224,31 @@ def prepare_directory(
             )
         else:
             rewind(run, last)
+
+
+def check_shared(folder: Path) -> None:
+    """Raise a UserError where a rank does not see what rank 0 writes; every rank must take part."""
+    token = distributed.on_main(lambda: _put_token(folder))
+
+    def look() -> None:
+        deadline = time.monotonic() + SHARED_WAIT_S
+        while not token.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.dir: rank {distributed.rank()} on {socket.gethostname()} does not see "
+                    f"{folder} of rank 0; choose a run.dir on a file system that all machines share"
+                )
+            time.sleep(0.1)
+
+    distributed.together(look)
+    distributed.on_main(token.unlink)
+
+
+def _put_token(folder: Path) -> Path:
+    token = folder / f".seen-{secrets.token_hex(8)}"
+    with disk_errors(str(folder)):
+        token.touch()
+    return token
 
 
 def make_directory(config: Config, run: RunDir, partition: str) -> None:

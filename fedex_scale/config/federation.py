@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedex_scale.config.section import Count, Number, Positive, Section, Share
+from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section, Share
 
 MethodName = Literal["fedit", "fedex", "ffa", "flora", "flexlora", "lora_fair", "centralized"]
 
@@ -48,6 +48,20 @@ class FederationSection(Section, title="federation"):
     on_client_failure: Literal["stop", "skip", "retry"] = "stop"
     """A client whose loss or adapter is NaN or Inf: stop the run, leave the client out of the
     round, or train it once more with another seed and stop if that fails, too."""
+    min_clients: Count = 1
+    """Clients without which a round is not aggregated."""
+    max_examples: Count | None = None
+    """Most examples that a client counts for in the averages, whatever it reports; none: any."""
+    fixed_examples: Annotated[tuple[Count, ...], AsTuple] = ()
+    """Examples that each client counts for, in the order of their numbers, in place of what it
+    reports; none: as reported."""
+
+
+class SiteSection(Section, title="site"):
+    """This site, in a federation of real ones (docs/federation.md)."""
+
+    number: Annotated[int, Field(ge=0)] | None = None
+    """Its number among the sites, from 0, which no other site has."""
 
 
 class MethodConfig(Section, title="method"):

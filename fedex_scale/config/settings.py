@@ -14,6 +14,7 @@ from fedex_scale.config.federation import (
     FederationSection,
     MethodConfig,
     PartitionConfig,
+    SiteSection,
 )
 from fedex_scale.config.learning import (
     DataConfig,
@@ -103,6 +104,7 @@ class Config(Section):
     data: DataConfig
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationSection = Field(default_factory=FederationSection)
+    site: SiteSection = Field(default_factory=SiteSection)
     method: MethodConfig = Field(default_factory=MethodConfig)
     aggregate: AggregateSection = Field(default_factory=AggregateSection)
     train: TrainSection = Field(default_factory=TrainSection)
@@ -118,6 +120,12 @@ class Config(Section):
             yield (
                 "method.assign: keep gives each client a base of its own, which one engine cannot "
                 "hold; use average, or fedex-scale aggregate --assign keep on a round's clients"
+            )
+        fixed, clients = len(self.federation.fixed_examples), self.partition.num_clients
+        if fixed not in (0, clients):
+            yield (
+                f"federation.fixed_examples: expected a number for each of {clients} clients "
+                f"(partition.num_clients), got {fixed}"
             )
         if self.model.quantization != "none" and self.aggregate.fold != "side":
             yield (

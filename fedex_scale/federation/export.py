@@ -89,7 +89,7 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
     Returns:
         What was written, by name, to show the user.
     """
-    written = distributed.on_main(lambda: write_adapters(config, engine, run, state))
+    written = distributed.on_main(lambda: write_adapters(config, engine, run, state, run.final))
     if state.base_changed and not config.model.random:
         _write_base(config, engine, run.final / "base")
         written["base"] = run.final / "base"
@@ -98,16 +98,16 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
 
 
 def write_adapters(
-    config: Config, facts: Facts, run: RunDir, state: ServerState
+    config: Config, facts: Facts, run: RunDir, state: ServerState, out: Path
 ) -> dict[str, Path]:
-    """Write final/adapter and final/exact_adapter; no model is needed.
+    """Write adapter and exact_adapter, of a run's final/; no model is needed.
 
     final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
     base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
     float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
     their updates there too. It is left out where the clients were too many to keep their residual.
     """
-    written = {"adapter": run.final / "adapter"}
+    written = {"adapter": out / "adapter"}
     server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
     if handed.rank == server.rank:
         shutil.copytree(server.path, written["adapter"])
@@ -123,7 +123,7 @@ def write_adapters(
             for layer in server.layers:
                 writer.write(layer, handed.source(layer))
     if not _rounds_without_factors(run, state.round):
-        written["exact_adapter"] = run.final / "exact_adapter"
+        written["exact_adapter"] = out / "exact_adapter"
         write_joined(
             written["exact_adapter"],
             [server, *_residuals(run, state.round)],

@@ -22,6 +22,7 @@ ERRORS = "fedex_scale.runtime.errors"
 ROOMS = (
     "cli",
     "api",
+    "sites",
     "run",
     "planning",
     "rounds",
