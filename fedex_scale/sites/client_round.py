@@ -33,7 +33,7 @@ from fedex_scale.federation.client import num_steps, read_update
 from fedex_scale.federation.facts import ModelFacts
 from fedex_scale.federation.saves import FREE, Saver
 from fedex_scale.federation.state import Place, ServerState
-from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.rounds import train
 from fedex_scale.run import check_shared, engine_with, load_clients, make_directory
@@ -194,8 +194,10 @@ class _Round:
         source = run.client(self._sent.round, self._client)
         size = sum(file.stat().st_size for file in source.iterdir())
         with building(out, num_bytes=size) as scratch:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                shutil.copyfile(source / name, scratch / name)
+            shutil.copyfile(source / WEIGHTS_FILE, scratch / WEIGHTS_FILE)
+            settings = json.loads((source / CONFIG_FILE).read_text())
+            settings["base_model_name_or_path"] = ""  # where it lies here is nobody's business
+            (scratch / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
             told = {"format": FORMAT, "start": self._start, **asdict(read_update(source))}
             (scratch / CLIENT_FILE).write_text(json.dumps(told, indent=1) + "\n")
 

@@ -111,7 +111,8 @@ def _begin(run: RunDir, config: Config, say: Callable[[str], None]) -> None:
     scratch = RunDir(run.path.with_name(f".{run.path.name}.begun"))
     with disk_errors(str(run.path)):
         shutil.rmtree(scratch.path, ignore_errors=True)
-        make_directory(config, scratch, json.dumps({"clients": []}) + "\n")
+        nobody = [{"num_examples": 0}] * config.partition.num_clients
+        make_directory(config, scratch, json.dumps({"clients": nobody}) + "\n")
         server.draw_adapter(config, facts, scratch)
         _send(scratch, facts, ServerState(), fields)
         scratch.path.rename(run.path)
@@ -170,6 +171,7 @@ def _aggregate(
     for update in taken.updates:
         folder = run.client(sent.round, update.client)
         (folder / "client.json").write_text(json.dumps(asdict(update), indent=2) + "\n")
+    _tell_examples(run, taken)
     summary = report.summary(config.aggregate)
     _log(run, sent.round, _events(sent.round, taken, summary), began)
     say(f"round {sent.round} aggregated: {len(clients)} of {sent.clients} sites, {_kept(summary)}")
@@ -180,6 +182,15 @@ def _aggregate(
         _finish(config, facts, run, state)
         say(f"finished: {run.final}")
     shutil.rmtree(arrived, ignore_errors=True)
+
+
+def _tell_examples(run: RunDir, taken: Taken) -> None:
+    """Keep in partition.json what is known of the sites' data: how many examples they told of."""
+    path = run.path / "partition.json"
+    known = json.loads(path.read_text())["clients"]
+    for update in taken.updates:
+        known[update.client] = {"num_examples": update.num_examples}
+    write_file(path, json.dumps({"clients": known}, indent=2) + "\n")
 
 
 def _finish(config: Config, facts: ModelFacts, run: RunDir, state: ServerState) -> None:
