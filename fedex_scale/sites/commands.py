@@ -12,11 +12,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
 ]
 
+federate = typer.Typer(no_args_is_help=True, help="Set up a federation over Flower.")
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(client_round)
     app.command()(server_round)
+    app.add_typer(federate, name="federate")
 
 
 def client_round(
@@ -55,3 +58,49 @@ def server_round(
     from fedex_scale.sites.server_round import server_round
 
     server_round(run, config, overrides, say=typer.echo)
+
+
+@federate.command("init")
+def init_app(
+    app: Annotated[Path, typer.Argument(metavar="APP", help="Directory to make, for `flwr run`.")],
+    config: Annotated[str, typer.Option(metavar="FILE", help="The federation's YAML.")],
+    run: Annotated[Path, typer.Option(help="Where the server keeps the federation.")],
+    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Of the SuperLink.")],
+    certificate: Annotated[
+        Path, typer.Option(metavar="PEM", help="Of the authority that signed the SuperLink's.")
+    ],
+    command: Annotated[
+        str, typer.Option(help="How fedex-scale starts at the server.")
+    ] = "fedex-scale",
+    deadline: Annotated[int, typer.Option(min=1, help="Seconds that a round may take.")] = 86400,
+) -> None:
+    """Write the app that Flower runs, with its settings."""
+    from fedex_scale.sites.app_directory import write_app
+    from fedex_scale.sites.settings import load_federation
+
+    write_app(
+        app,
+        load_federation(config, ()),
+        Path(config),
+        run=run,
+        address=address,
+        certificate=certificate,
+        command=command,
+        deadline_s=deadline,
+    )
+    typer.echo(f"{app}: FLWR_HOME={app}/.flwr flwr run {app} --stream")
+
+
+@federate.command("keys")
+def make_keys(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make.")],
+    sites: Annotated[int, typer.Option(min=0, help="How many sites to make a key pair for.")],
+    host: Annotated[
+        list[str], typer.Option(help="Name or address of the server; repeat for more.")
+    ],
+) -> None:
+    """Make an authority, the server's certificate, and a key pair for every site."""
+    from fedex_scale.sites.app_directory import write_keys
+
+    write_keys(out, host, sites)
+    typer.echo(f"{out}: ca.pem is for every site, ca.key for nobody")

@@ -58,7 +58,8 @@ def server_round(
 
     Args:
         directory: the run's directory, which is made where there is none.
-        source, overrides: the federation's settings, to begin with; `data` may be left out.
+        source, overrides: the federation's settings, to begin with; `data` may be left out. Of one
+            that was begun nothing is aggregated then.
         say: takes a line for the user.
 
     Raises:
@@ -80,12 +81,11 @@ def server_round(
         sent = open_round(run)
         if sent is None:
             say(f"{directory}: this federation is finished; nothing to do")
-            return
-        arrived = run.path / "arrived" / f"round-{sent.round:04d}"
-        if source is not None and not (arrived.is_dir() and any(arrived.iterdir())):
+        elif source is not None:
             say(f"round {sent.round} is open; send {_sent_path(run, sent.round)}")
-            return
-        _aggregate(config, run, sent, arrived, say)
+        else:
+            arrived = run.path / "arrived" / f"round-{sent.round:04d}"
+            _aggregate(config, run, sent, arrived, say)
 
 
 def open_round(run: RunDir) -> Sent | None:

@@ -23,6 +23,7 @@ ROOMS = (
     "cli",
     "api",
     "sites",
+    "flower",
     "run",
     "planning",
     "rounds",
@@ -86,6 +87,7 @@ def test_few_modules_import_deepspeed() -> None:
     [
         ("methods", ("torch", "fedex_scale.methods", "fedex_scale.config", ERRORS)),
         ("config", ("pydantic", "yaml", "fedex_scale.config", ERRORS)),
+        ("flower", ("flwr",)),
     ],
 )
 def test_rooms_that_know_little(own: str, others: tuple[str, ...]) -> None:
