@@ -1,11 +1,11 @@
 """Three real sites on this machine: a SuperLink, SuperNodes that it knows by their keys, over TLS.
 
-    python launch/federation.py --flower BIN [--out DIR]
+    .venv/bin/python launch/federation.py --flower BIN [--out DIR]
 
-BIN is the `bin` of an environment with flwr 1.42; `make federation` makes one, and calls this. Every
-site has rows of its own, trains SmolLM2-135M for a round, and sends nothing but its adapter; the
-model is scored before and after. The processes are those of `docs/federation.md`, each with its log
-in DIR/logs.
+BIN is the `bin` of an environment with flwr 1.42; `make federation` makes one, and calls this.
+Every site has rows of its own, trains SmolLM2-135M for a round, and sends nothing but its adapter;
+the model is scored before and after. The processes are those of `docs/federation.md`; their logs
+lie in DIR/loopback/logs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 WAIT_S = 60.0
 SITES = 3
+ROWS = ((0, 96), (96, 211), (211, 336))  # of each site
+LIMIT_S = 3600.0
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+TASK = "fedex_word_problems"
 
 
 class Loopback:
@@ -55,7 +59,7 @@ class Loopback:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in list(self.processes):
+        for name in reversed(list(self.processes)):
             self.end(name, signal.SIGTERM)
 
     def start_superlink(self) -> None:
@@ -84,7 +88,7 @@ class Loopback:
         self._start("run", "flwr", "run", self._app, "--stream")
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the federation is finished, or Flower's run has ended; return whether it is."""
+        """Wait for the federation to be finished, or Flower's run to end; return the former."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.processes["run"].poll() is None:
             if (self.run / "final").is_dir():
@@ -139,7 +143,73 @@ class Loopback:
         raise SystemExit(f"the SuperLink does not listen: {self.log('superlink')[-2000:]}")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flower", type=Path, required=True, help="bin/ of Flower's environment")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "federation")
+    arguments = parser.parse_args()
+    out, began = arguments.out.resolve(), time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)
+    write_files(out)
+    program = f"{sys.executable} -m fedex_scale.cli"
+    before = score(out, str(MODEL), "before")
+    with Loopback(out / "loopback", out / "server.yaml", arguments.flower, program) as sites:
+        sites.start_superlink()
+        for k in range(SITES):
+            sites.register(k)
+            sites.start_supernode(k, out / f"site-{k}.yaml")
+        print(f"a SuperLink and {SITES} SuperNodes, authenticated, over TLS; logs: {sites.folder}")
+        sites.start_run()
+        finished = sites.wait(LIMIT_S)
+        print(sites.log("run"))
+        if not finished:
+            raise SystemExit(f"the federation did not end; {sites.folder / 'logs'} says why")
+        run = sites.run
+    after = score(out, str(run), "after")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"fedex_word_problems: {before:.1%} before, {after:.1%} after")
+    print(f"{time.monotonic() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU")
+    print(f"run: {run}\nadapter: {run / 'final' / 'adapter'}")
+
+
+def write_files(out: Path) -> None:
+    """Write every site's rows and settings, the server's settings, and the rows to score on."""
+    from fedex_scale.data.word_problems import generate, write_jsonl
+
+    rows, heldout = generate(0, train=336, heldout=64)
+    write_jsonl(heldout, out / "data" / "word_problems" / "heldout.jsonl")
+    shared = {
+        "model": {"path": str(MODEL), "dtype": "float32"},
+        "lora": {"rank": 32, "alpha": 16},
+        "train": {"batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3},
+    }
+    server = {"partition": {"num_clients": SITES}, "evaluation": {"tasks": [TASK]}}
+    (out / "server.yaml").write_text(json.dumps(shared | server, indent=1) + "\n")
+    for k, (first, last) in enumerate(ROWS):
+        write_jsonl(rows[first:last], out / f"site-{k}" / "rows.jsonl")
+        site = {
+            "run": {"name": "rounds", "dir": str(out / f"site-{k}")},
+            "data": {"path": str(out / f"site-{k}" / "rows.jsonl"), "max_length": 256},
+            "site": {"number": k},
+        }
+        (out / f"site-{k}.yaml").write_text(json.dumps(shared | site, indent=1) + "\n")
+
+
+def score(out: Path, what: str, name: str) -> float:
+    """Return the share of held-out problems that a model, or a run's, solves."""
+    results = out / f"score-{name}"
+    command = [sys.executable, "-m", "fedex_scale.cli", "evaluate", what, "--suite", TASK]
+    command += ["--data-dir", str(out / "data"), "--batch-size", "32", "--out", str(results)]
+    subprocess.run([*command, "--dtype", "float32"], check=True)
+    tree = json.loads((results / "results.json").read_text())["results"][TASK]
+    return next(value for key, value in tree.items() if key.startswith("exact_match,"))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -181,23 +181,24 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def other_base(mine: BaseModelTold, theirs: BaseModelTold, layers: Mapping, sent: Sent) -> str:
+def other_base(mine: BaseModelTold, layers: Mapping[str, tuple[int, int]], sent: Sent) -> str:
     """Return how a site's base model differs from the server's; nothing if it does not."""
+    theirs = sent.base
     for key in sorted(mine.config.keys() | theirs.config.keys()):
         one, other = (json.dumps(x.config.get(key))[:100] for x in (theirs, mine))
         if one != other:
-            return (
-                f"model.path: expected the server's base model, whose {key} is {one}, got {other}"
-            )
+            return f"model.path: expected the server's model, whose {key} is {one}, got {other}"
     if mine.tokenizer != theirs.tokenizer:
         return "model.path: expected the server's tokenizer, got another; take the server's model"
+    for layer in sorted(sent.layers.keys() - layers.keys()):
+        return f"lora.target_modules: expected the server's layers, of which {layer} is not adapted"
+    for layer in sorted(layers.keys() - sent.layers.keys()):
+        return f"lora.target_modules: expected the server's layers, got {layer}, which it has not"
+    for layer, shape in layers.items():
+        if tuple(sent.layers[layer]) != shape:
+            return f"layer {layer}: expected shape {tuple(sent.layers[layer])}, got {shape}"
     if None not in (mine.weights, theirs.weights) and mine.weights != theirs.weights:
         return "model.path: expected the server's weights, got others; take the server's model"
-    expected = {name: tuple(shape) for name, shape in sent.layers.items()}
-    for layer in sorted(expected.keys() - layers.keys()):
-        return f"lora.target_modules: expected the server's layers, of which {layer} is not adapted"
-    for layer in sorted(layers.keys() - expected.keys()):
-        return f"lora.target_modules: expected the server's layers, got {layer}, which it has not"
     return ""
 
 
