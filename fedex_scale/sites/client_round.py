@@ -145,9 +145,13 @@ class _Round:
             make_directory(self._config, run, json.dumps(told, indent=2) + "\n")
             before = run.server(self._sent.round - 1)
             parts = {"adapter": before / "adapter", "side": before / "side"}
-            fetch(server_dir, self._sent, parts)
-            if not rank.is_servers(self._config.lora, self._sent):
-                rank.cut(self._config, facts, parts, has_side=self._sent.has_side)
+            try:
+                fetch(server_dir, self._sent, parts)
+                if not rank.is_servers(self._config.lora, self._sent):
+                    rank.cut(self._config, facts, parts, has_side=self._sent.has_side)
+            except BaseException:
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
         return None
 
     def _train(

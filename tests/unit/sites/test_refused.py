@@ -149,9 +149,10 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.raises(SystemExit) as ended:
         cli.main([str(x) for x in arguments])
     assert ended.value.code == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1, told
-    return told[0]
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1, told
+    assert "Traceback" not in told
+    return told.splitlines()[-1]
 
 
 @pytest.mark.parametrize("fold", ["carry", "round", "planes"])
