@@ -12,7 +12,9 @@ from fedex_scale.data.word_problems import generate
 NUM_SITES = 3
 
 
-def write_federation(model: Path, folder: Path, **sections: dict) -> Path:
+def write_federation(
+    model: Path, folder: Path, *, num_sites: int = NUM_SITES, **sections: dict
+) -> Path:
     """Write sites' data and configs, the server's and the simulation's; return the folder.
 
     simulation.yaml has all rows and splits them by site, site-K.yaml its own, server.yaml none.
@@ -27,7 +29,7 @@ def write_federation(model: Path, folder: Path, **sections: dict) -> Path:
         **sections,
     }
     told = []
-    for k in range(NUM_SITES):
+    for k in range(num_sites):
         own = [{**row, "site": f"site-{k}"} for row in rows[cuts[k] : cuts[k + 1]]]
         told += own
         _write_rows(folder / f"site-{k}.jsonl", own)
@@ -39,11 +41,11 @@ def write_federation(model: Path, folder: Path, **sections: dict) -> Path:
         }
         _write(folder / f"site-{k}.yaml", site)
     _write_rows(folder / "all.jsonl", told)
-    natural = {"kind": "natural", "column": "site", "num_clients": NUM_SITES}
+    natural = {"kind": "natural", "column": "site", "num_clients": num_sites}
     data = {"path": str(folder / "all.jsonl")}
     run = {"name": "simulation", "dir": str(folder)}
     _write(folder / "simulation.yaml", {**shared, "run": run, "data": data, "partition": natural})
-    _write(folder / "server.yaml", {**shared, "partition": {"num_clients": NUM_SITES}})
+    _write(folder / "server.yaml", {**shared, "partition": {"num_clients": num_sites}})
     return folder
 
 
