@@ -1,6 +1,6 @@
 """Train a site's client: `fedex-scale client-round`, for launchers that want a file.
 
-    deepspeed --num_gpus 4 launch/client_round.py --config site.yaml --server DIR --out DIR
+deepspeed --num_gpus 4 launch/client_round.py --config site.yaml --server DIR --out DIR
 """
 
 import sys

@@ -72,7 +72,9 @@ class Loopback:
         self._wait_for_port()
 
     def register(self, site: int) -> None:
-        self._flwr("supernode", "register", self._keys / f"site-{site}.pub")
+        self._flwr(
+            "supernode", "register", "--name", f"site-{site}", self._keys / f"site-{site}.pub"
+        )
 
     def start_supernode(self, site: int, config: Path, *, program: str | None = None) -> None:
         node = {"command": program or self._program, "config": config}

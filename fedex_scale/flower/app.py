@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -114,31 +116,33 @@ def _gather(grid: Grid, settings: dict, run: Path, number: int) -> None:
     arrived.mkdir(parents=True, exist_ok=True)
     sites = json.loads((sent / "server.json").read_text())["clients"]
     end = time.monotonic() + float(settings["deadline-s"])
-    asked: dict[int, tuple[str, str]] = {}  # by node: the message, and the node's key
+    asked: dict[int, tuple[str, Node]] = {}  # by node: the message, and who it is for
     failures: dict[int, int] = {}
     while time.monotonic() < end:
         done = _done(arrived, run)
         given_up = [node for node, count in failures.items() if count >= ATTEMPTS]
-        if len(set(done.values())) + len(given_up) >= sites:
+        if len(done) + len(given_up) >= sites:
             return
-        keys = {node.node_id: _key(node) for node in grid.get_nodes()}
-        new = [n for n in keys if n not in asked and n not in given_up and keys[n] not in done]
+        nodes = {node.node_id: Node.of(node) for node in grid.get_nodes()}
+        new = [
+            n for n in nodes if n not in asked and n not in given_up and nodes[n].key not in done
+        ]
         ttl = max(60.0, end - time.monotonic())
         for node in new:
             message = Message(pack(sent, SENT), node, "train", ttl=ttl, group_id=str(number))
             (identity,) = grid.push_messages([message])
-            asked[node] = identity, keys[node]
+            asked[node] = identity, nodes[node]
             print(f"round {number}: asked node {node}", flush=True)
-        for node, (identity, key) in list(asked.items()):
+        for node, (identity, who) in list(asked.items()):
             for reply in grid.pull_messages([identity]):
                 del asked[node]
-                if not _take(reply, arrived, run, key):
+                if not _take(reply, arrived, run, who):
                     failures[node] = failures.get(node, 0) + 1
         time.sleep(LOOK_EVERY_S)
     print(f"round {number}: the deadline is over", flush=True)
 
 
-def _take(reply: Message, arrived: Path, run: Path, key: str) -> bool:
+def _take(reply: Message, arrived: Path, run: Path, who: "Node") -> bool:
     """Put one site's result in its place; return whether there was one that counts."""
     node = reply.metadata.src_node_id
     if reply.has_error():
@@ -152,8 +156,8 @@ def _take(reply: Message, arrived: Path, run: Path, key: str) -> bool:
     try:
         unpack(reply.content, scratch, RETURNED)
         number = int(json.loads((scratch / "client.json").read_text())["client"])
-        _pin(run, number, key)
-        scratch.rename(arrived / f"site-{number:04d}")
+        _pin(run, number, who)
+        scratch.rename(arrived / _name(number))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         print(f"node {node}: refused ({str(problem)[:200]!r})", flush=True)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -162,37 +166,51 @@ def _take(reply: Message, arrived: Path, run: Path, key: str) -> bool:
     return True
 
 
-def _pin(run: Path, number: int, key: str) -> None:
-    """Bind a client's number to the key of the node that was the first to use it.
+def _pin(run: Path, number: int, who: "Node") -> None:
+    """Bind a client's number to the node of that name, or to the first one that uses it.
 
     Raises:
         ValueError: the number, or the key, belongs to another.
     """
     path = run / "nodes.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    if known.setdefault(str(number), key) != key or list(known.values()).count(key) > 1:
-        raise ValueError(f"client {number} is another node, by nodes.json in the run's directory")
+    known.setdefault(str(number), who.key)
+    named = re.fullmatch(r"site-(\d+)", who.name)
+    if (named and int(named[1]) != number) or known[str(number)] != who.key:
+        raise ValueError(f"client {number} is another node, by its name or by {path}")
+    if list(known.values()).count(who.key) > 1:
+        raise ValueError(f"this node has another number, by {path}")
     scratch = path.with_name(".nodes.json")
     scratch.write_text(json.dumps(known, indent=1) + "\n")
     scratch.rename(path)
 
 
-def _done(arrived: Path, run: Path) -> dict[str, str]:
-    """Return the keys of nodes whose results lie there, and their clients' directories."""
+def _done(arrived: Path, run: Path) -> set[str]:
+    """Return the keys of the nodes whose results lie there."""
     path = run / "nodes.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    there = {folder.name for folder in arrived.glob("site-*")}
-    return {
-        key: f"site-{int(number):04d}"
-        for number, key in known.items()
-        if f"site-{int(number):04d}" in there
-    }
+    return {key for number, key in known.items() if (arrived / _name(int(number))).is_dir()}
 
 
-def _key(node: object) -> str:
-    """Return what a node is known by: the hash of its key, or its number where it has none."""
-    key = getattr(node, "public_key", b"") or str(node.node_id).encode()
-    return hashlib.sha256(key).hexdigest()
+def _name(number: int) -> str:
+    return f"site-{number:04d}"
+
+
+class Node(NamedTuple):
+    """Who a node is.
+
+    Fields:
+        key: hash of its key, or of its number where nodes have none.
+        name: that it was registered by; site-2 is client 2, whatever a result says.
+    """
+
+    key: str
+    name: str
+
+    @classmethod
+    def of(cls, node: object) -> "Node":
+        key = getattr(node, "public_key", b"") or str(node.node_id).encode()
+        return cls(hashlib.sha256(key).hexdigest(), getattr(node, "name", ""))
 
 
 def _call_server(settings: dict, *options: str) -> None:

@@ -27,6 +27,7 @@ def client_round(
     server: Annotated[Path, typer.Option(metavar="DIR", help="What the server sent.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="To make: what goes to the server.")],
     overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = True,  # it always does
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Train this site's client from the server's state; goes on where it was killed."""

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -50,6 +51,13 @@ def assert_equal(simulated: Path, run: Path) -> None:
         mine, theirs = files(run / part), files(simulated / part)
         theirs.pop("README.md", None)
         assert mine == theirs, part
+
+
+def test_sites_that_are_late_fail_or_send_what_they_should_not(tmp_path: Path) -> None:
+    checks = Path(__file__).with_name("flower_checks.py")
+    command = [FLOWER / "python", checks, ROOT / "fedex_scale" / "flower", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_round_over_tls_gives_the_bits_of_the_simulation(
