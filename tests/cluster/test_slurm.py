@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedex_scale.runtime.distributed import free_port
 
 LACKING = [name for name in PROGRAMS if program(name) is None]
 WAIT_S = 900
-LONGER = "train.local_epochs=4"
+OPTIONS = ("train.local_epochs=8", "run.save_steps=1000")
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +33,7 @@ def test_a_preempted_job_goes_on_to_the_same_bits(
 ) -> None:
     config = write_config(tiny_llama, tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    done = start([*torchrun, "--master-port", str(free_port())], config, "run.name=whole", LONGER)
+    done = start([*torchrun, "--master-port", str(free_port())], config, "run.name=whole", *OPTIONS)
     assert done.returncode == 0, done.stderr[-3000:]
     place = tmp_path / "place"  # what the script expects to be submitted from
     place.mkdir()
@@ -41,7 +42,7 @@ def test_a_preempted_job_goes_on_to_the_same_bits(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with Slurm(tmp_path / "slurm") as cluster:
-        script = [str(ROOT / "launch" / "slurm.sh"), str(config), "run.name=parts", LONGER]
+        script = [str(ROOT / "launch" / "slurm.sh"), str(config), "run.name=parts", *OPTIONS]
         told = cluster.call("sbatch", "--parsable", "--gpus-per-node=0", *script, cwd=place)
         job = told.strip()
         out = place / f"slurm-{job}.out"
@@ -53,8 +54,8 @@ def test_a_preempted_job_goes_on_to_the_same_bits(
         wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), out)
         assert cluster.state(job) == "COMPLETED", out.read_text()[-3000:]
     said = out.read_text()
-    assert "stopped by SIGTERM" in said
-    assert "going on from checkpoint" in said
+    # Nothing but the request to end, which Slurm sends to every rank, saves within a client.
+    assert re.search(r"going on from checkpoint \d+: round 1, client 1, after step \d+", said), said
     assert "2 x cpu" in said.replace("\n", " ")
     assert differing(tmp_path / "runs" / "whole", tmp_path / "runs" / "parts") == []
 
