@@ -104,12 +104,12 @@ class Config(Section):
     data: DataConfig
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationSection = Field(default_factory=FederationSection)
-    site: SiteSection = Field(default_factory=SiteSection)
     method: MethodConfig = Field(default_factory=MethodConfig)
     aggregate: AggregateSection = Field(default_factory=AggregateSection)
     train: TrainSection = Field(default_factory=TrainSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    site: SiteSection = Field(default_factory=SiteSection)
 
     def problems(self) -> Iterator[str]:
         if self.method.name == "centralized" and self.federation.client_fraction < 1:

@@ -132,7 +132,7 @@ def _gather(grid: Grid, settings: dict, run: Path, number: int) -> None:
             message = Message(pack(sent, SENT), node, "train", ttl=ttl, group_id=str(number))
             (identity,) = grid.push_messages([message])
             asked[node] = identity, nodes[node]
-            print(f"round {number}: asked node {node}", flush=True)
+            print(f"round {number}: asked node {node}, {nodes[node].name!r}", flush=True)
         for node, (identity, who) in list(asked.items()):
             for reply in grid.pull_messages([identity]):
                 del asked[node]

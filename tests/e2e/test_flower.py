@@ -60,9 +60,7 @@ def test_sites_that_are_late_fail_or_send_what_they_should_not(tmp_path: Path) -
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_a_round_over_tls_gives_the_bits_of_the_simulation(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_round_over_tls_is_the_simulations(tiny_llama: Path, tmp_path: Path) -> None:
     """Two sites that the server knows, and a third that it does not: it gets nothing."""
     folder = write_federation(tiny_llama, tmp_path, num_sites=2, federation={"rounds": 1})
     run_config(folder / "simulation.yaml", [])
@@ -74,6 +72,7 @@ def test_a_round_over_tls_gives_the_bits_of_the_simulation(
         told = sites.log("run")
     assert_equal(folder / "simulation", sites.run)
     assert told.count("asked node") == 2
+    assert "'site-0'" in told  # what it was registered by, which binds it to its number
     assert "Received" not in stranger
     assert len(json.loads((sites.run / "nodes.json").read_text())) == 2
 
