@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.config.load import Source
@@ -33,7 +34,7 @@ from fedex_scale.federation.client import num_steps, read_update
 from fedex_scale.federation.facts import ModelFacts
 from fedex_scale.federation.saves import FREE, Saver
 from fedex_scale.federation.state import Place, ServerState
-from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from fedex_scale.files.adapters import Adapter, AdapterWriter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.rounds import train
 from fedex_scale.run import check_shared, engine_with, load_clients, make_directory
@@ -126,7 +127,7 @@ class _Round:
         for key in FREE:
             section, _, name = key.partition(".")
             settings[section].pop(name, None)
-        del settings["evaluation"]
+        del settings["evaluation"], settings["site"]["send"]
         text = json.dumps([self._start, settings, told["sha256"]], sort_keys=True)
         return f"round-{self._sent.round:04d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -192,12 +193,26 @@ class _Round:
         source = run.client(self._sent.round, self._client)
         size = sum(file.stat().st_size for file in source.iterdir())
         with building(out, num_bytes=size) as scratch:
-            shutil.copyfile(source / WEIGHTS_FILE, scratch / WEIGHTS_FILE)
-            settings = json.loads((source / CONFIG_FILE).read_text())
-            settings["base_model_name_or_path"] = ""  # where it lies here is nobody's business
-            (scratch / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            self._write_adapter(Adapter(source), scratch)
             told = {"format": FORMAT, "start": self._start, **asdict(read_update(source))}
             (scratch / CLIENT_FILE).write_text(json.dumps(told, indent=1) + "\n")
+
+    def _write_adapter(self, adapter: Adapter, out: Path) -> None:
+        """Write an adapter as it leaves the site; where the base lies here is not told."""
+        lora, dtype = self._config.lora, getattr(torch, self._config.site.send)
+        shapes = {layer: adapter.shapes(layer) for layer in adapter.layers}
+        with AdapterWriter(
+            out,
+            shapes,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            base="",
+            use_rslora=lora.use_rslora,
+            fan_in_fan_out=bool(adapter.config["fan_in_fan_out"]),
+            dtype=dtype,
+        ) as writer:
+            for layer in adapter.layers:
+                writer.write(layer, adapter.pair(layer))
 
 
 def _prune(home: Path, newest: RunDir, keep: int) -> None:

@@ -14,7 +14,7 @@ from sites import NUM_SITES, write_federation
 
 from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import Place
-from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.adapters import WEIGHTS_FILE, Adapter
 from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.sites import server_round as rounds_of_server
@@ -22,7 +22,6 @@ from fedex_scale.sites.client_round import client_round
 from fedex_scale.sites.server_round import server_round
 
 CASES = {
-    "side": [],
     "full": ["aggregate.side_rank=3"],
     "per_client": ["federation.init=per_client", "lora.dropout=0.1"],
     "ffa": ["method.name=ffa", "federation.max_examples=9"],
@@ -103,6 +102,24 @@ def test_a_finished_round_is_handed_over_again_without_training(folder: Path, ca
     shutil.rmtree(again)
     other = train(folder, run, 1, 0, "run.seed=1")  # another start
     assert files(other) != {k: v for k, v in kept.items() if k != "client.json"}
+
+
+def test_bfloat16_on_the_way_halves_what_is_sent(folder: Path) -> None:
+    run = begin(folder, "halved")
+    whole = train(folder, run, 1, 0)
+    sizes, pairs = (whole / WEIGHTS_FILE).stat().st_size, dict_of(Adapter(whole))
+    shutil.rmtree(whole)
+    half = train(folder, run, 1, 0, "site.send=bfloat16")  # of the same training
+    assert (half / WEIGHTS_FILE).stat().st_size < 0.6 * sizes
+    advance(folder, run, 1, sites=(1,))
+    taken = dict_of(Adapter(run / "clients" / "round-0001" / "client-0000"))
+    for layer, pair in pairs.items():
+        for exact, rounded in zip(pair, taken[layer], strict=True):
+            assert rounded.equal(exact.bfloat16().float())
+
+
+def dict_of(adapter: Adapter) -> dict:
+    return {layer: adapter.pair(layer) for layer in adapter.layers}
 
 
 def test_a_client_killed_anywhere_goes_on(folder: Path, monkeypatch) -> None:
