@@ -67,6 +67,7 @@ def benchmark(args: argparse.Namespace) -> None:
     if (flower / "flower-superlink").exists():
         for size in [int(x) for x in args.sizes.split(",")][: 1 if args.quick else None]:
             seconds, peaks = carry(flower, size)
+            print(f"{size} MB: {seconds:.1f} s, {peaks}", flush=True)
             figures.append(Figure(name=f"{size} MB: round", values=[seconds], unit="s"))
             figures += [
                 Figure(name=f"{size} MB: {name}", values=[mb], unit="MB")
@@ -103,7 +104,8 @@ def carry(flower: Path, megabytes: int) -> tuple[float, dict[str, float]]:
             while not (sites.run / "final").is_dir():
                 see_peaks(str(folder), peaks)
                 if time.monotonic() > end or sites.processes["run"].poll() is not None:
-                    raise UserError(f"Flower's run ended: {sites.log('run')[-500:]}")
+                    logs = sites.log("run")[-500:], sites.log("superlink")[-1500:]
+                    raise UserError(f"Flower's run ended: {logs}")
                 time.sleep(0.1)
             see_peaks(str(folder), peaks)
         return float(took.read_text()), peaks
