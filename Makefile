@@ -3,6 +3,8 @@
 BIN := .venv/bin
 DATA := data/word_problems
 MODEL := models/SmolLM2-135M-Instruct
+# Its pins fight with this project's: an environment of its own.
+FLWR := flwr==1.42.0
 
 # The first that runs and is recent enough; `make PYTHON=...` names another.
 PYTHONS := $(BIN)/python python3 python3.11 python3.12 python3.13 python3.14 python3.10
@@ -15,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install check model quickstart test test-all lint bench clean
+.PHONY: help install check model flower quickstart federation test test-all lint bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -35,11 +37,21 @@ quickstart: install model  ## Three clients, one round, from a pretrained model 
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml \
 	  launch/instruct.py --config launch/quickstart.yaml
 
+flower: .flower/.installed  ## Make .flower, an environment of its own with Flower (Python 3.11)
+.flower/.installed: Makefile | check
+	$(PYTHON) -m venv --clear .flower
+	.flower/bin/python -m pip install --quiet $(FLWR)
+	@touch $@
+
+federation: install model flower  ## Three real sites over Flower and TLS, one round, scored
+	$(BIN)/python launch/federation.py --flower .flower/bin
+
 test: install  ## Run the tests; those that need the model are skipped where it cannot be had
 	-@$(BIN)/python launch/fetch_model.py --out $(MODEL)
+	-@$(MAKE) --no-print-directory flower
 	$(BIN)/python -m pytest tests -m "not slow"
 
-test-all: install model  ## Run the slow tests as well
+test-all: install model flower  ## Run the slow tests as well
 	$(BIN)/python -m pytest tests
 
 lint: install  ## Check style and format
@@ -50,7 +62,7 @@ bench: install model  ## Run every benchmark, one after another
 	set -e; for file in $(filter-out %/common.py %/files.py %/methods.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:  ## Remove .venv and caches; models, data and runs stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .flower build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What an installation needs of the machine; $(error) ends in one line, before anything is made.

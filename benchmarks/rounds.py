@@ -32,6 +32,7 @@ from fedex_scale.data.word_problems import generate, write_jsonl
 from fedex_scale.engine.build import fold_targets
 from fedex_scale.engine.lora_model import SIDE
 from fedex_scale.federation import server
+from fedex_scale.federation.client import show
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
@@ -155,7 +156,7 @@ def replay(config: Path, options: Sequence[str]) -> Iterator[dict[str, Any]]:
             state, report = server.aggregate_round(
                 own, engine, targets, clients, weights, run, state
             )
-            server.show(engine, run, state)
+            show(engine, run, state)
             seconds = time.perf_counter() - began
             yield {
                 "round": number,

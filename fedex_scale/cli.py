@@ -16,6 +16,7 @@ import typer
 import fedex_scale
 from fedex_scale import api
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.sites import commands as sites
 
 Config = Annotated[
     str, typer.Option(help="The run's YAML, or a recipe that comes along, such as quickstart.")
@@ -344,6 +345,9 @@ def report(
     from fedex_scale.reporting.page import write_report
 
     typer.echo(write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison"))))
+
+
+sites.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from fedex_scale.config.federation import FederationSection
 from fedex_scale.config.settings import Config
 from fedex_scale.engine.build import Engine, Source, fold_targets
 from fedex_scale.federation import server
-from fedex_scale.federation.client import ClientUpdate, read_update, train_client
+from fedex_scale.federation.client import ClientUpdate, read_update, show, train_client
 from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import ClientProgress, Place, ServerState
 from fedex_scale.files.run_dir import RunDir
@@ -61,7 +61,7 @@ def run_rounds(
     server.refold(config, engine, targets, run, state)
     evaluate(state)
     for round in range(state.round + 1, config.federation.rounds + 1):
-        server.show(engine, run, state)
+        show(engine, run, state)
         start_of = server.starts(config, engine, run, round)
         for client in choose_clients(config.federation, len(clients), config.run.seed, round):
             if client not in saver.place.done + saver.place.skipped:
@@ -117,16 +117,27 @@ def choose_clients(
 
 
 def client_weights(section: FederationSection, updates: Sequence[ClientUpdate]) -> list[float]:
-    """Return w_k, summing to 1: shares of the examples, or all alike.
+    """Return w_k, summing to 1: shares of the examples that each counts for, or all alike.
 
     Raises:
-        UserError: every client of the round failed.
+        UserError: too many clients of the round failed.
     """
-    if not updates:
-        raise UserError("federation: every client of the round failed; lower train.learning_rate")
-    uniform = section.weights == "uniform"
-    shares = [1 if uniform else update.num_examples for update in updates]
+    if len(updates) < section.min_clients:
+        raise UserError(
+            f"federation.min_clients: expected {section.min_clients} clients, got {len(updates)}; "
+            "the others failed, or sent nothing that can be used"
+        )
+    shares = [_counted(section, update) for update in updates]
     return [share / sum(shares) for share in shares]
+
+
+def _counted(section: FederationSection, update: ClientUpdate) -> int:
+    """Return the examples that a client counts for."""
+    if section.weights == "uniform":
+        return 1
+    if update.client < len(section.fixed_examples):
+        return section.fixed_examples[update.client]
+    return min(update.num_examples, section.max_examples or update.num_examples)
 
 
 def round_half_up(x: float) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +46,9 @@ from fedex_scale.scoring import asked, evaluation
 from fedex_scale.scoring.look import Look
 from fedex_scale.tasks.all import Lesson, kind_without_rows, read_lesson
 from fedex_scale.tasks.interface import CAUSAL, Examples, ModelKind
+
+SHARED_WAIT_S = 20.0
+"""A network's file system may show a new file late."""
 
 
 def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
@@ -99,6 +105,7 @@ def _run_or_resume(config: Config) -> None:
             distributed.on_main(
                 lambda: prepare_directory(config, run, clients.report, found.checkpoint)
             )
+            check_shared(run.path)
         for note in found.notes:
             _tell(note)
         tokenizer = None if config.task.has_head else processor
@@ -137,27 +144,13 @@ def load_lesson(config: Config, processor: Any) -> Lesson:
 
 def engine_for(config: Config, num_clients: int, kind: ModelKind = CAUSAL) -> Engine:
     """Build the run's engine."""
-    train = config.train
-    per_forward = train.micro_batch_size * distributed.world_size()
     chosen = len(choose_clients(config.federation, num_clients, config.run.seed, 1))
     side_rank = side_rank_of(
         config.method, config.aggregate, chosen, config.lora.rank, config.federation.rounds
     )
     adds = base_update_rank(config.method, chosen, config.lora.rank) > 0
-    engine = build_engine(
-        config.model,
-        config.lora,
-        config.engine,
-        trains=METHODS[config.method.name].trains,
-        side_rank=side_rank,
-        has_planes=adds and config.aggregate.fold == "planes",
-        optimizer=train.optimizer,
-        micro_batch_size=train.micro_batch_size,
-        accumulation=max(1, -(-train.batch_size // per_forward)),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        kind=dataclasses.replace(kind, everything=config.method.name == "full"),
-    )
+    has_planes = adds and config.aggregate.fold == "planes"
+    engine = engine_with(config, side_rank=side_rank, has_planes=has_planes, kind=kind)
     tied = lora_model.tied_layers(engine.model)
     if tied and adds and config.aggregate.fold != "side":
         raise UserError(
@@ -183,6 +176,28 @@ def check_head(begun: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 f"{found or 'none'}; bring the model and the labels back, or choose another "
                 "run.name"
             )
+
+
+def engine_with(
+    config: Config, *, side_rank: int, has_planes: bool = False, kind: ModelKind = CAUSAL
+) -> Engine:
+    """Build an engine to train clients on, with room for a side adapter or planes."""
+    train = config.train
+    per_forward = train.micro_batch_size * distributed.world_size()
+    return build_engine(
+        config.model,
+        config.lora,
+        config.engine,
+        trains=METHODS[config.method.name].trains,
+        side_rank=side_rank,
+        has_planes=has_planes,
+        optimizer=train.optimizer,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=max(1, -(-train.batch_size // per_forward)),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        kind=dataclasses.replace(kind, everything=config.method.name == "full"),
+    )
 
 
 def check_directory(config: Config) -> Found:
@@ -227,6 +242,31 @@ def prepare_directory(
             )
         else:
             rewind(run, last)
+
+
+def check_shared(folder: Path) -> None:
+    """Raise a UserError where a rank does not see what rank 0 writes; every rank must take part."""
+    token = distributed.on_main(lambda: _put_token(folder))
+
+    def look() -> None:
+        deadline = time.monotonic() + SHARED_WAIT_S
+        while not token.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.dir: rank {distributed.rank()} on {socket.gethostname()} does not see "
+                    f"{folder} of rank 0; choose a run.dir on a file system that all machines share"
+                )
+            time.sleep(0.1)
+
+    distributed.together(look)
+    distributed.on_main(token.unlink)
+
+
+def _put_token(folder: Path) -> Path:
+    token = folder / f".seen-{secrets.token_hex(8)}"
+    with disk_errors(str(folder)):
+        token.touch()
+    return token
 
 
 def make_directory(config: Config, run: RunDir, partition: str) -> None:

@@ -1,19 +1,24 @@
 #!/bin/bash
 # sbatch launch/slurm.sh mistral_7b_metamath engine.deepspeed=zero3
 #
-# Two nodes of eight GPUs. DeepSpeed's launcher reads the hosts from a file that is made here, and
-# starts the processes by pdsh. run.dir must lie on a file system that all nodes see. Submitted
-# again after its time is over, the run goes on from its newest checkpoint.
+# Two nodes of eight GPUs, from the project's directory. Slurm starts one torchrun a node, and so can
+# end all ranks: told to stop by a preemption, they save after the step, and the job that Slurm puts
+# in the queue again, or that is submitted again after its time is over, goes on from there. run.dir
+# must lie on a file system that all nodes see.
 #SBATCH --job-name=fedex_scale
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 
-hostfile=hostfile.$SLURM_JOB_ID
-scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots=8/' > "$hostfile"
-master=$(cut -d ' ' -f 1 "$hostfile" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname --ip-address | cut -d ' ' -f 1)
+port=$((20000 + SLURM_JOB_ID % 10000))
 
-.venv/bin/deepspeed --hostfile "$hostfile" --launcher pdsh --master_addr "$master" \
+exec srun --kill-on-bad-exit=1 .venv/bin/torchrun \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$address:$port" \
     launch/instruct.py --config "$@" --resume

@@ -21,6 +21,7 @@ from fedex_scale.engine.build import Engine, fold_targets
 from fedex_scale.engine.lora_model import SIDE
 from fedex_scale.engine.parameters import read_whole
 from fedex_scale.federation import server
+from fedex_scale.federation.client import show
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
@@ -54,7 +55,7 @@ class Rounds:
         again = Rounds(config, engine, run)
         again.sums, again.state = self.sums, state
         server.refold(config, engine, again.targets, run, state)
-        server.show(engine, run, state)
+        show(engine, run, state)
         again.before = {layer: W - again.base[layer] for layer, W in again.weights().items()}
         return again
 
@@ -84,7 +85,7 @@ class Rounds:
         self.state, _ = server.aggregate_round(
             self.config, self.engine, self.targets, range(3), WEIGHTS, self.run, self.state
         )
-        server.show(self.engine, self.run, self.state)
+        show(self.engine, self.run, self.state)
         seen = self.weights()
         missed = intended = unseen = total = 0.0
         for layer, base in self.base.items():

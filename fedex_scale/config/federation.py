@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedex_scale.config.section import Count, Names, Number, Positive, Section, Share
+from fedex_scale.config.section import (
+    AsTuple,
+    Count,
+    Names,
+    Number,
+    Positive,
+    Section,
+    Share,
+)
 from fedex_scale.config.sites import find_sites
 from fedex_scale.config.words import shown
 
@@ -73,6 +81,23 @@ class FederationSection(Section, title="federation"):
     on_client_failure: Literal["stop", "skip", "retry"] = "stop"
     """A client whose loss or adapter is NaN or Inf: stop the run, leave the client out of the
     round, or train it once more with another seed and stop if that fails, too."""
+    min_clients: Count = 1
+    """Clients without which a round is not aggregated."""
+    max_examples: Count | None = None
+    """Most examples that a client counts for in the averages, whatever it reports; none: any."""
+    fixed_examples: Annotated[tuple[Count, ...], AsTuple] = ()
+    """Examples that each client counts for, in the order of their numbers, in place of what it
+    reports; none: as reported."""
+
+
+class SiteSection(Section, title="site"):
+    """This site, in a federation of real ones (docs/federation.md)."""
+
+    number: Annotated[int, Field(ge=0)] | None = None
+    """Its number among the sites, from 0, which no other site has."""
+    send: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the adapter on its way to the server; bfloat16 halves it, and rounds each by up to
+    0.4%, which no residual holds."""
 
 
 class MethodConfig(Section, title="method"):

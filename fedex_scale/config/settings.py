@@ -14,6 +14,7 @@ from fedex_scale.config.federation import (
     FederationSection,
     MethodConfig,
     PartitionConfig,
+    SiteSection,
 )
 from fedex_scale.config.learning import (
     DataConfig,
@@ -112,6 +113,7 @@ class Config(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    site: SiteSection = Field(default_factory=SiteSection)
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +159,12 @@ class Config(Section):
             yield (
                 "data.schema: task.kind generate needs columns, with data.prompt_column and "
                 f"data.response_column, got {self.data.schema}; set all three"
+            )
+        fixed, clients = len(self.federation.fixed_examples), self.partition.num_clients
+        if fixed not in (0, clients):
+            yield (
+                f"federation.fixed_examples: expected a number for each of {clients} clients "
+                f"(partition.num_clients), got {fixed}"
             )
         if self.model.quantization != "none" and self.aggregate.fold != "side":
             yield (

@@ -57,11 +57,27 @@ class Engine:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (O, I) of every adapted layer."""
-        return {n: (layer.out_features, layer.in_features) for n, layer in self.layers.items()}
+        return lora_model.shapes(self.layers)
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether any adapted layer is GPT-2's Conv1D, which stores its weight as (I, O)."""
+        return lora_model.is_conv1d(self.layers)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What adapter_config.json says of the task: PEFT's name for it, and the head."""
+        settings: dict[str, Any] = {"task_type": self.kind.task_type}
+        return settings | ({"modules_to_save": list(self.heads)} if self.heads else {})
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter that is trained whole."""
         return {name: whole.shape_of(parameter) for name, parameter in self.whole.items()}
+
+    def whole_weights(self, *, copy: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield those parameters, float32 on the CPU; every rank must take part."""
+        for name, parameter in self.whole.items():
+            yield name, read_float32(parameter, copy=copy)
 
 
 def build_engine(
@@ -228,11 +244,6 @@ def train_step(
     return distributed.summed(total)
 
 
-def is_conv1d(engine: Engine) -> bool:
-    """Return whether any adapted layer is GPT-2's Conv1D, which stores its weight as (I, O)."""
-    return any(layer.fan_in_fan_out for layer in engine.layers.values())
-
-
 def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair]]:
     """Yield the client adapter layer by layer, float32 on the CPU; every rank must take part.
 
@@ -243,12 +254,6 @@ def read_pairs(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Pair
     for name, layer in engine.layers.items():
         A, B = layer.lora_A[CLIENT].weight, layer.lora_B[CLIENT].weight
         yield name, Pair(read_float32(A, copy=copy), read_float32(B, copy=copy))
-
-
-def read_whole_weights(engine: Engine, *, copy: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield what is trained whole, float32 on the CPU; every rank must take part."""
-    for name, parameter in engine.whole.items():
-        yield name, read_float32(parameter, copy=copy)
 
 
 def read_base_weight(engine: Engine, layer: str) -> Tensor:

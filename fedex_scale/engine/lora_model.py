@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -173,6 +173,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def shapes(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[int, int]]:
+    """Return (O, I) of every adapted layer."""
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
+def is_conv1d(layers: Mapping[str, LoraLayer]) -> bool:
+    """Return whether any of them is GPT-2's Conv1D, which stores its weight as (I, O)."""
+    return any(layer.fan_in_fan_out for layer in layers.values())
 
 
 def tied_layers(model: nn.Module) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import transformers
 from torch import Tensor
@@ -19,14 +18,17 @@ from fedex_scale.data.batching import plan_steps, shard
 from fedex_scale.engine.build import (
     Engine,
     Source,
-    is_conv1d,
     read_pairs,
-    read_whole_weights,
     reset_for_client,
+    set_adapter,
+    set_side,
     train_step,
 )
-from fedex_scale.federation.state import ClientProgress
-from fedex_scale.files.adapters import AdapterWriter, full_specs
+from fedex_scale.federation.facts import open_adapter
+from fedex_scale.federation.history import History
+from fedex_scale.federation.state import ClientProgress, ServerState
+from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import ClientFailure
@@ -74,6 +76,14 @@ def learning_rate(step: int, num_steps: int, section: TrainSection) -> float:
         "constant": 1.0,
     }[section.schedule]
     return section.learning_rate * factor
+
+
+@phase("folding")
+def show(engine: Engine, run: RunDir, state: ServerState) -> None:
+    """Let the engine hold what clients train on: the server's adapter, and the side adapter."""
+    if state.has_side and not engine.has_planes:
+        set_side(engine, History(run, state.round).side)
+    set_adapter(engine, Adapter(run.adapter(state.round)).weights, side=state.has_side)
 
 
 def train_client(
@@ -212,27 +222,6 @@ def write_adapter(
                 write(layer, pair)
 
 
-def open_adapter(engine: Engine, directory: Path, lora: LoraSection, base: str) -> AdapterWriter:
-    """Return a writer for an adapter of the run's rank and alpha over the engine's layers."""
-    return AdapterWriter(
-        directory,
-        engine.shapes(),
-        rank=lora.rank,
-        alpha=lora.alpha,
-        base=base,
-        use_rslora=lora.use_rslora,
-        fan_in_fan_out=is_conv1d(engine),
-        settings=adapter_settings(engine),
-        full_weights=full_specs(engine.whole_shapes()),
-    )
-
-
-def adapter_settings(engine: Engine) -> dict[str, Any]:
-    """Return what adapter_config.json says of the task: PEFT's name for it, and the head."""
-    settings: dict[str, Any] = {"task_type": engine.kind.task_type}
-    return settings | ({"modules_to_save": list(engine.heads)} if engine.heads else {})
-
-
 def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair | Tensor]]:
     for layer, pair in read_pairs(engine, copy=False):
         # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
@@ -242,7 +231,7 @@ def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair | Ten
                 "lower train.learning_rate or look at its data"
             )
         yield layer, pair
-    for name, weight in read_whole_weights(engine, copy=False):
+    for name, weight in engine.whole_weights(copy=False):
         if not math.isfinite(weight.sum()):
             raise ClientFailure(
                 f"{who}, {name}: expected finite numbers, got NaN or Inf; lower "

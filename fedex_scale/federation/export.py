@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 
 from fedex_scale.aggregation.weights import Target, fold
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, Source, is_conv1d, read_base_weight, set_single
-from fedex_scale.federation.client import adapter_settings
+from fedex_scale.engine.build import Engine, Source, read_base_weight, set_single
+from fedex_scale.federation.client import show
+from fedex_scale.federation.facts import Facts
 from fedex_scale.federation.history import History
-from fedex_scale.federation.server import show
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import (
     Adapter,
@@ -98,11 +98,7 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
     """Write final/adapter, final/exact_adapter and, where a fold changed it, final/base.
 
     With a head, final/config.json is the model's config with the labels' names.
-
-    final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
-    base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
-    float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
-    their updates there too. It is left out where the clients were too many to keep their residual.
+    Every rank must take part.
 
     Without an adapter, final/model is the whole model, in float32.
 
@@ -111,35 +107,7 @@ def write_final(config: Config, engine: Engine, run: RunDir, state: ServerState)
     """
     if not engine.layers:
         return _write_model(config, engine, run, state)
-    written = {"adapter": run.final / "adapter"}
-    if distributed.is_main():
-        server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
-        if handed.rank == server.rank:
-            shutil.copytree(server.path, written["adapter"])
-        else:
-            base, rank = config.model.path, handed.rank
-            with AdapterWriter(
-                written["adapter"],
-                engine.shapes(),
-                rank=rank,
-                alpha=rank,
-                base=base,
-                fan_in_fan_out=is_conv1d(engine),
-                settings=adapter_settings(engine),
-                full_weights=server.full_specs(),
-            ) as writer:
-                for name in (*server.layers, *engine.whole):
-                    writer.write(name, handed.source(name))
-        if not _rounds_without_factors(run, state.round):
-            written["exact_adapter"] = run.final / "exact_adapter"
-            parts = [server, *_residuals(run, state.round)]
-            write_joined(
-                written["exact_adapter"],
-                parts,
-                base=config.model.path,
-                fan_in_fan_out=is_conv1d(engine),
-                settings=adapter_settings(engine),
-            )
+    written = distributed.on_main(lambda: write_adapters(config, engine, run, state, run.final))
     if state.base_changed and not config.model.random:
         _write_base(config, engine, run.final / "base")
         written["base"] = run.final / "base"
@@ -172,6 +140,45 @@ def _write_model(
                     shutil.copy(file, out / file.name)
     distributed.barrier()
     return {"model": out}
+
+
+def write_adapters(
+    config: Config, facts: Facts, run: RunDir, state: ServerState, out: Path
+) -> dict[str, Path]:
+    """Write adapter and exact_adapter, of a run's final/; no model is needed.
+
+    final/adapter is what was scored; it belongs on final/base if that exists, and on the untouched
+    base otherwise. final/exact_adapter holds the server's adapter and every round's residual in
+    float32, for the untouched base whatever the fold mode; methods that replace the adapter keep
+    their updates there too. It is left out where the clients were too many to keep their residual.
+    """
+    written = {"adapter": out / "adapter"}
+    server, handed = Adapter(run.adapter(state.round)), handed_over(run, state)
+    if handed.rank == server.rank:
+        shutil.copytree(server.path, written["adapter"])
+    else:
+        with AdapterWriter(
+            written["adapter"],
+            facts.shapes(),
+            rank=handed.rank,
+            alpha=handed.rank,
+            base=config.model.path,
+            fan_in_fan_out=facts.is_conv1d,
+            settings=facts.settings,
+            full_weights=server.full_specs(),
+        ) as writer:
+            for name in (*server.layers, *facts.whole_shapes()):
+                writer.write(name, handed.source(name))
+    if not _rounds_without_factors(run, state.round):
+        written["exact_adapter"] = out / "exact_adapter"
+        write_joined(
+            written["exact_adapter"],
+            [server, *_residuals(run, state.round)],
+            base=config.model.path,
+            fan_in_fan_out=facts.is_conv1d,
+            settings=facts.settings,
+        )
+    return written
 
 
 def _write_base(config: Config, engine: Engine, out: Path) -> None:

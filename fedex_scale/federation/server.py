@@ -1,4 +1,4 @@
-"""The server's part of a round: draw, aggregate into the run directory, and show the result."""
+"""The server's part of a round: draw, and aggregate into the run directory. It needs no model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ from fedex_scale.aggregation.deviation import Deviation
 from fedex_scale.aggregation.screening import screen
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import (
-    Engine,
-    Source,
-    read_whole_weights,
-    set_adapter,
-    set_side,
-)
-from fedex_scale.federation.client import open_adapter
+from fedex_scale.federation.facts import Facts, open_adapter
 from fedex_scale.federation.history import REPORT_FILE, History
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter, AdapterWriter, PartWriter
@@ -45,15 +38,18 @@ from fedex_scale.runtime.seeds import derive_seed
 
 DEVIATION_FILE = "deviation.json"
 
+Source = Callable[[str], Pair]
+"""An adapter's factors, by layer."""
 
-def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
+
+def fresh_adapter(config: Config, facts: Facts, *owner: int | str) -> Source:
     """Return a draw of the adapter by layer: PEFT's A, and B = 0, so that the model is the base's.
 
     Args:
         owner: what the draw depends on besides the seed and the layer; nothing for the one draw
             that all clients share.
     """
-    shapes = engine.shapes()
+    shapes = facts.shapes()
 
     def draw(layer: str) -> Pair:
         seed = derive_seed(config.run.seed, "init", *owner, layer)
@@ -66,7 +62,7 @@ def fresh_adapter(config: Config, engine: Engine, *owner: int | str) -> Source:
     return draw
 
 
-def starts(config: Config, engine: Engine, run: RunDir, round: int) -> Callable[[int], Source]:
+def starts(config: Config, facts: Facts, run: RunDir, round: int) -> Callable[[int], Source]:
     """Return a function from a client to what it starts from: the server's adapter, read once.
 
     With init: per_client, in the first round, a draw of its own, as in the paper's public code.
@@ -75,21 +71,21 @@ def starts(config: Config, engine: Engine, run: RunDir, round: int) -> Callable[
     if round == 1 and config.federation.init == "per_client":
 
         def start(client: int) -> Source:
-            own = fresh_adapter(config, engine, client)
-            return lambda name: weights(name) if name in engine.whole else own(name)
+            own = fresh_adapter(config, facts, client)
+            return lambda name: weights(name) if name in facts.whole_shapes() else own(name)
 
         return start
     return lambda client: weights
 
 
 @phase("writing")
-def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
+def draw_adapter(config: Config, facts: Facts, run: RunDir) -> None:
     """Write the adapter that the first round begins with."""
-    whole = dict(read_whole_weights(engine))
+    whole = dict(facts.whole_weights())
     if distributed.is_main():
-        draw = fresh_adapter(config, engine)
-        with open_adapter(engine, run.adapter(0), config.lora, config.model.path) as writer:
-            for layer in engine.layers:
+        draw = fresh_adapter(config, facts)
+        with open_adapter(facts, run.adapter(0), config.lora, config.model.path) as writer:
+            for layer in facts.shapes():
                 writer.write(layer, draw(layer))
             for name, weight in whole.items():
                 writer.write(name, weight)
@@ -98,9 +94,9 @@ def draw_adapter(config: Config, engine: Engine, run: RunDir) -> None:
 
 @phase("folding")
 def refold(
-    config: Config, engine: Engine, targets: Mapping[str, Target], run: RunDir, state: ServerState
+    config: Config, facts: Facts, targets: Mapping[str, Target], run: RunDir, state: ServerState
 ) -> None:
-    """Change a fresh engine's base as the rounds before `state` did; every rank must take part.
+    """Change a fresh base as the rounds before `state` did; every rank must take part.
 
     Aggregates their clients' adapters once more, into the base alone: the same sums in the same
     order, whatever the ranks, so that base and carry come out as they were, bit for bit.
@@ -110,21 +106,13 @@ def refold(
     past = ServerState()
     while past.round < state.round:
         taken = _taken(run, past.round + 1)
-        past, _ = aggregate_round(config, engine, targets, *taken, run, past, write=False)
-
-
-@phase("folding")
-def show(engine: Engine, run: RunDir, state: ServerState) -> None:
-    """Let the engine hold what clients train on: the server's adapter, and the side adapter."""
-    if state.has_side and not engine.has_planes:
-        set_side(engine, History(run, state.round).side)
-    set_adapter(engine, Adapter(run.adapter(state.round)).weights, side=state.has_side)
+        past, _ = aggregate_round(config, facts, targets, *taken, run, past, write=False)
 
 
 @phase("folding")
 def aggregate_round(
     config: Config,
-    engine: Engine,
+    facts: Facts,
     targets: Mapping[str, Target],
     clients: Sequence[int],
     weights: Sequence[float],
@@ -151,14 +139,14 @@ def aggregate_round(
     task, stay, norms = screen(task, config.aggregate)
     task = replace(
         task,
-        side_rank=engine.side_rank,
+        side_rank=facts.side_rank,
         past=History(run, state.round, partial(_residual_again, config, run)).past,
     )
     deviations: dict[str, Deviation | None] = {}
     with ExitStack() as stack:
         sinks = Sinks()
         if write and distributed.is_main():
-            sinks = _open_sinks(config, engine, run.server(number), len(stay), stack)
+            sinks = _open_sinks(config, facts, run.server(number), len(stay), stack)
             sinks = replace(sinks, deviation=deviations.__setitem__)
         report = aggregate(
             task,
@@ -167,9 +155,9 @@ def aggregate_round(
             targets,
             sinks,
             seed=partial(_fresh_seed, config, number),
-            side_dtype=engine.dtype,
+            side_dtype=facts.dtype,
         )
-    report.cap = _cap_note(config, engine, report, len(stay))
+    report.cap = _cap_note(config, facts, report, len(stay))
     if write and distributed.is_main():
         taken = {
             "clients": [clients[k] for k in stay],
@@ -184,28 +172,28 @@ def aggregate_round(
         (run.server(number) / DEVIATION_FILE).write_text(text)
     distributed.barrier()
     changed = state.base_changed or report.base_changed
-    sees = changed if engine.has_planes else engine.side_rank > 0
+    sees = changed if facts.has_planes else facts.side_rank > 0
     return ServerState(round=number, has_side=sees, base_changed=changed), report
 
 
 def _cap_note(
-    config: Config, engine: Engine, report: AggregateReport, num_clients: int
+    config: Config, facts: Facts, report: AggregateReport, num_clients: int
 ) -> str | None:
     """Return a line on what a full side adapter costs, and what more room would."""
     if not any(layer.side_capped for layer in report.layers):
         return None
     rounds = config.federation.rounds
     needed = rounds * base_update_rank(config.method, num_clients, config.lora.rank)
-    shapes = engine.shapes().values()
+    shapes = facts.shapes().values()
     column, weights = sum(o + i for o, i in shapes), sum(o * i for o, i in shapes)
-    more, lost = max(0, needed - engine.side_rank), 1 - (report.kept_of_all or 0)
+    more, lost = max(0, needed - facts.side_rank), 1 - (report.kept_of_all or 0)
     return (
-        f"the side adapter is full at {engine.side_rank} columns: {lost:.2%} of "
+        f"the side adapter is full at {facts.side_rank} columns: {lost:.2%} of "
         "all rounds' residuals is not seen in the forward pass, and kept by the server; "
         f"aggregate.side_rank={needed} holds {rounds} rounds, for {more * column / weights:.0%} of "
-        f"the adapted layers' work and {more * column * engine.dtype.itemsize / 1e6:,.0f} MB more; "
+        f"the adapted layers' work and {more * column * facts.dtype.itemsize / 1e6:,.0f} MB more; "
         f"aggregate.fold=planes holds any number, for 100% and "
-        f"{weights * engine.dtype.itemsize / 1e6:,.0f} MB"
+        f"{weights * facts.dtype.itemsize / 1e6:,.0f} MB"
     )
 
 
@@ -239,18 +227,18 @@ def _residual_again(config: Config, run: RunDir, number: int, layer: str) -> Ite
 
 
 def _open_sinks(
-    config: Config, engine: Engine, path: Path, num_clients: int, stack: ExitStack
+    config: Config, facts: Facts, path: Path, num_clients: int, stack: ExitStack
 ) -> Sinks:
     """Open the PEFT directories that a round's results are written to."""
-    base, shapes, rank = config.model.path, engine.shapes(), config.lora.rank
-    adapter = stack.enter_context(open_adapter(engine, path / "adapter", config.lora, base))
+    base, shapes, rank = config.model.path, facts.shapes(), config.lora.rank
+    adapter = stack.enter_context(open_adapter(facts, path / "adapter", config.lora, base))
     sinks = Sinks(adapter=adapter.write, whole=adapter.write_full)
     columns = base_update_rank(config.method, num_clients, rank)
     if columns and not is_streamed(num_clients, rank):
         residual = AdapterWriter(path / "residual", shapes, rank=columns, alpha=columns, base=base)
         sinks = replace(sinks, residual=stack.enter_context(residual).write_sum)
-    if engine.side_rank:
-        most = max(columns, engine.side_rank)
-        side = PartWriter(path / "side", shapes, max_rank=most, dtype=engine.dtype, base=base)
+    if facts.side_rank:
+        most = max(columns, facts.side_rank)
+        side = PartWriter(path / "side", shapes, max_rank=most, dtype=facts.dtype, base=base)
         sinks = replace(sinks, side=stack.enter_context(side).write)
     return sinks

@@ -188,6 +188,7 @@ class AdapterWriter:
         rank: R of every layer.
         alpha: lora_alpha to write; give `alpha=rank` where B already holds the scaling.
         base: name or path of the base model, for adapter_config.json.
+        dtype: of the file.
         settings: of adapter_config.json besides, or instead.
         full_weights: dtype and shape of whole weights that come along, by their name in the file.
     """
@@ -202,6 +203,7 @@ class AdapterWriter:
         base: str,
         use_rslora: bool = False,
         fan_in_fan_out: bool = False,
+        dtype: torch.dtype = torch.float32,
         settings: Mapping[str, Any] | None = None,
         full_weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
     ) -> None:
@@ -209,8 +211,8 @@ class AdapterWriter:
         self._rank = rank
         specs = dict(full_weights or {})
         for layer, (rows, columns) in shapes.items():
-            specs[_key(layer, "A")] = (torch.float32, (rank, columns))
-            specs[_key(layer, "B")] = (torch.float32, (rows, rank))
+            specs[_key(layer, "A")] = (dtype, (rank, columns))
+            specs[_key(layer, "B")] = (dtype, (rows, rank))
         config = peft_config(
             shapes,
             rank=rank,

@@ -135,7 +135,6 @@ def count_weights(model: PeftModel) -> Weights:
         parts[part] += parameter.numel()
         if part in ("base", "head"):
             largest = max(largest, parameter.numel())
-    layers = lora_model.lora_layers(model)
     head = model.get_base_model().get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     packed = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
@@ -148,7 +147,7 @@ def count_weights(model: PeftModel) -> Weights:
         head=parts["head"],
         side=parts[SIDE],
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        shapes={n: (x.out_features, x.in_features) for n, x in layers.items()},
+        shapes=lora_model.shapes(lora_model.lora_layers(model)),
     )
 
 

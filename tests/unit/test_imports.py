@@ -22,6 +22,8 @@ ERRORS = "fedex_scale.runtime.errors"
 ROOMS = (
     "cli",
     "api",
+    "sites",
+    "flower",
     "run",
     "planning",
     "rounds",
@@ -86,6 +88,7 @@ def test_few_modules_import_deepspeed() -> None:
     [
         ("methods", ("torch", "fedex_scale.methods", "fedex_scale.config", ERRORS)),
         ("config", ("pydantic", "yaml", "fedex_scale.config", ERRORS)),
+        ("flower", ("flwr",)),
     ],
 )
 def test_rooms_that_know_little(own: str, others: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
 from fedex_scale.engine.build import Engine, fold_targets
 from fedex_scale.federation import server
+from fedex_scale.federation.client import show
 from fedex_scale.federation.export import show_handed_over, write_final
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
@@ -69,14 +70,14 @@ def two_rounds(base: Path, tmp_path: Path, *overrides: str) -> Run:
     engine, directory = engine_for(config, len(WEIGHTS)), RunDir(config.run.path)
     run = Run(config, engine, directory, ServerState(), dict.fromkeys(engine.layers, 0))
     server.draw_adapter(config, engine, directory)
-    server.show(engine, directory, run.state)
+    show(engine, directory, run.state)
     targets = fold_targets(engine)
     for number in (1, 2):
         ideal = write_clients(run, number)
         run.state, _ = server.aggregate_round(
             config, engine, targets, range(len(WEIGHTS)), WEIGHTS, directory, run.state
         )
-        server.show(engine, directory, run.state)
+        show(engine, directory, run.state)
         mean = Adapter(directory.adapter(number))
         for layer in engine.layers:
             run.updates[layer] += ideal[layer]

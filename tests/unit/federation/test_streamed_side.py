@@ -13,6 +13,7 @@ from tiny import near, save_adapter
 
 from fedex_scale.config.load import load_config
 from fedex_scale.federation import server
+from fedex_scale.federation.client import show
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.planning.choice import make_plan
@@ -48,7 +49,7 @@ def advance(rounds, clients: list[dict[str, Pair]]) -> tuple[dict, float]:
         rounds.state,
     )
     took = time.process_time() - began
-    server.show(rounds.engine, rounds.run, rounds.state)
+    show(rounds.engine, rounds.run, rounds.state)
     return json.loads((rounds.run.server(number) / "aggregate.json").read_text()), took
 
 
