@@ -33,7 +33,8 @@ _DATE_FUNCTION = (
     + "".join(f"|replace('{part}', '{value}')" for part, value in _PARTS.items())
     + " }}{% endmacro %}{{ '' }}"
 )
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
+"""Of each its role and its content; a `weight` of 0 is an answer that is not trained."""
 
 
 def template_of(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -74,8 +75,9 @@ def turns_of(row: Mapping[str, Any], column: str) -> Turns:
     told = row[column]
     if not isinstance(told, list) or not told:
         raise UserError(f"expected a list of turns in {column}, got {shown(told)}; correct it")
-    before = row.get("system")
-    turns: Turns = [{"role": "system", "content": before}] if before and "from" in told[0] else []
+    before, turns = row.get("system"), []
+    if isinstance(before, str) and before.strip() and column != "messages":
+        turns.append({"role": "system", "content": before})
     for turn in told:
         turns.append(_turn(turn, len(turns) + 1))
     _check_order(turns)
@@ -107,8 +109,8 @@ def render(turns: Turns, template: str, tokenizer: PreTrainedTokenizerBase, *, a
         ) from None
 
 
-def _turn(turn: Any, number: int) -> dict[str, str]:
-    """Return a turn as role and content."""
+def _turn(turn: Any, number: int) -> dict[str, Any]:
+    """Return a turn as role and content, and a weight of 0 where it has that."""
     keys = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     role, content = (turn.get(key) if isinstance(turn, dict) else None for key in keys)
     if not isinstance(role, str) or role not in _ROLES:
@@ -124,7 +126,8 @@ def _turn(turn: Any, number: int) -> dict[str, str]:
         raise UserError(
             f"turn {number}: expected text in {keys[1]}, got {got}; take the row out or rewrite it"
         )
-    return {"role": _ROLES[role], "content": content}
+    untrained = {"weight": 0} if turn.get("weight") == 0 else {}
+    return {"role": _ROLES[role], "content": content, **untrained}
 
 
 def _check_order(turns: Turns) -> None:
@@ -165,14 +168,15 @@ class ChatEncoder:
         """
         text = render(turns, self._template, self._tokenizer, ask=False)
         tokens, trained = self._marks.tokens(text, list(self._spans(text, turns)))
-        if not self._marks.ends_turn(tokens, trained):
+        answered = turns[-1]["role"] == "assistant" and any(trained)
+        if answered and not self._marks.ends_turn(tokens, trained):
             return [*tokens, self._tokenizer.eos_token_id], [*trained, True]
         return tokens, trained
 
     def _spans(self, text: str, turns: Turns) -> Iterator[tuple[int, int]]:
         """Yield where each assistant's turn begins and ends in the text."""
         for number, turn in enumerate(turns):
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or turn.get("weight") == 0:
                 continue
             asked = render(turns[:number], self._template, self._tokenizer, ask=True)
             words = turn["content"].strip()
@@ -212,9 +216,8 @@ class _Marks:
         return found.end() if found else at
 
     def ends_turn(self, tokens: Sequence[int], trained: Sequence[bool]) -> bool:
-        """Tell whether the last trained token ends a turn; True where none is trained."""
-        last = next((i for i in reversed(range(len(tokens))) if trained[i]), None)
-        return last is None or tokens[last] in self._ends
+        """Tell whether the last trained token ends a turn."""
+        return tokens[max(i for i, own in enumerate(trained) if own)] in self._ends
 
     def tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Return a text's tokens, and which stand in one of the spans.

@@ -165,7 +165,7 @@ def _recognised(pools: Sequence[Pool], config: Config) -> str | None:
     others = f" (and so are {len(pools) - 1} more)" if len(pools) > 1 else ""
     return (
         f"data: {named(pools[0].source)} is {pools[0].schema} ({', '.join(columns)}), as its "
-        f"columns say{others}; data.schema says otherwise"
+        f"columns say{others}; set data.schema if it is another"
     )
 
 

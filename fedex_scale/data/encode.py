@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedex_scale.runtime.errors import UserError
 BATCH_ROWS = 1000  # tokenized at a time
 MAX_CHARS = 1_000_000  # of one row's text; a tokenizer takes a gigabyte for five times as many
 
-Encoded = tuple[int, list[int], list[bool]]
+Encoded = tuple[int, list[int], Sequence[bool] | np.ndarray]
 """A row's index, its tokens, and which of them are trained."""
 
 
@@ -54,7 +54,7 @@ def encode(
     counted = _Counted(rows)
     for index, tokens, trained in _encoded(counted, schema, tokenizer, place):
         longest = max(longest, len(tokens))
-        mask = np.array(trained[:max_length], dtype=bool)
+        mask = np.asarray(trained[:max_length], dtype=bool)
         if not mask.any():
             num_dropped += 1
             continue
@@ -125,7 +125,7 @@ def _encoded(
         # Nothing tells the first token of a text without a prompt.
         known = max(1, len(bos) + len(prompt))
         tokens = [*bos, *prompt, *response, eos]
-        yield index, tokens, [False] * known + [True] * (len(tokens) - known)
+        yield index, tokens, np.arange(len(tokens)) >= known
 
 
 def _each(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedex_scale.config.learning import DataConfig
-from fedex_scale.config.words import named
+from fedex_scale.config.words import named, shown
 from fedex_scale.data.answers import ANSWER_MARKER, gold_number
 from fedex_scale.runtime.errors import UserError
 
@@ -63,16 +63,20 @@ class Schema:
         return tuple(column for column in (self.instruction, self.response) if column)
 
     def texts(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Return a row's prompt and response; None where one of them is empty."""
-        response = _text(row[self.response])
+        """Return a row's prompt and response; None where one of them is empty.
+
+        Raises:
+            UserError: a cell holds no text.
+        """
+        response = _text(row, self.response)
         if not response.strip():
             return None
         if self.instruction is None:
             return "", self.convert(response)
-        instruction = _text(row[self.instruction])
+        instruction = _text(row, self.instruction)
         if not instruction.strip():
             return None
-        context = _text(row.get(self.context)) if self.context else ""
+        context = _text(row, self.context) if self.context else ""
         prompt = self.prompt_with_context if context.strip() else self.prompt
         return prompt.format(instruction=instruction, context=context), self.convert(response)
 
@@ -173,5 +177,10 @@ def _fits(name: str, columns: set[str]) -> bool:
     return set(SCHEMAS[name].columns) <= columns
 
 
-def _text(value: Any) -> str:
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if isinstance(value, list | dict):
+        raise UserError(
+            f"expected text in {column}, got {shown(value)}; chats go in a column {CHAT_COLUMNS[0]}"
+        )
     return "" if value is None else str(value)

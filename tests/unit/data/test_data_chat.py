@@ -166,6 +166,22 @@ def test_a_template_without_an_end_token_gets_one(small: PreTrainedTokenizerBase
     )
 
 
+def test_the_users_last_word_is_not_trained(small: PreTrainedTokenizerBase):
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    turns = [user("a"), assistant("sat"), user("the cat")]
+    tokens, trained = ChatEncoder(plain, small).encode(turns)
+    assert small.decode([t for t, own in zip(tokens, trained, strict=True) if own]) == "sat"
+
+
+def test_an_answer_of_weight_0_is_not_trained(small: PreTrainedTokenizerBase):
+    turns = [user("a"), {**assistant("sat"), "weight": 0}, user("b"), assistant("12")]
+    assert trained_text([{"messages": turns}], small, CHAT) == ["12<|im_end|>"]
+    none = {"messages": turns[:2]}
+    examples = encode([none, {"messages": turns}], CHAT, small, max_length=512)
+    assert examples.num_dropped == 1
+
+
 def test_templates_that_come_along_suit_a_model_without_one(small: PreTrainedTokenizerBase):
     base = tokenizer_of("mistral")
     for name in ("chatml", "zephyr"):
@@ -199,6 +215,7 @@ def test_the_date_in_a_template_is_always_the_same(small: PreTrainedTokenizerBas
         ([user("a"), assistant([{"type": "image"}])], r"turn 2: .* got \[{'type': 'image'}\]"),
         ([user("a"), {"role": "tool", "content": "b"}], "turn 2: expected role to be one of"),
         ([user("a"), "b"], "turn 2: expected role .* got 'b'"),
+        ([5], "turn 1: expected role .* got 5"),
         ([], r"expected a list of turns in messages, got \[\]"),
         ("hello", "expected a list of turns in messages, got 'hello'"),
     ],

@@ -92,6 +92,18 @@ def test_a_row_of_another_schema_is_told_with_its_line(tmp_path: Path):
         read(data={"path": str(path)})
 
 
+def test_a_list_is_no_text(tmp_path: Path):
+    turns = RECOGNISED["chat"]["messages"]
+    rows = [*pairs(3), {"prompt": turns[:1], "completion": turns[1:]}]
+    for settings in (
+        {"schema": "prompt_completion"},
+        {"schema": "columns", "prompt_column": "prompt", "response_column": "completion"},
+    ):
+        data = {"path": write(tmp_path / "rows.jsonl", rows), **settings}
+        with pytest.raises(UserError, match=r"line 4: expected text in completion, got \[{"):
+            read(data=data)
+
+
 @pytest.mark.parametrize(
     ("row", "template", "text"),
     [
