@@ -339,7 +339,8 @@ def test_the_resolved_config_loads_again_as_itself(load, tmp_path: Path, monkeyp
 def test_a_saved_config_is_plain_data_in_the_form_it_always_had(load) -> None:
     saved = to_dict(load("run.profile_steps=[3]", "lora.alpha=8", "train.max_grad_norm=.inf"))
     assert list(saved) == (
-        "run model lora data partition federation method aggregate train engine evaluation".split()
+        "run model lora task data partition federation method aggregate train engine "
+        "evaluation".split()
     )
     assert saved["lora"] == {
         "rank": 32,
