@@ -33,7 +33,9 @@ from kinds import KINDS, overrides_of
 from methods_page import (
     INITS,
     METHODS,
+    ONE_INIT,
     REFERENCE,
+    SEEDS,
     Sizes,
     as_markdown,
     differences_figure,
@@ -48,8 +50,6 @@ from fedex_scale.scoring.compare import read_verdicts
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("fedex, reinit", "fedex, svd", "flora")  # as fedex, as long as there is one round
-ONE_INIT = ("ffa", "centralized")  # a frozen A is shared; a single client has one draw
-SEEDS = (0, 1, 2)
 SUITES = "boolq piqa siqa hellaswag winogrande arc_easy arc_challenge openbookqa".split()
 FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 

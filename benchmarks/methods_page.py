@@ -28,6 +28,8 @@ METHODS: dict[str, tuple[list[str], list[str] | None]] = {
 }
 REFERENCE = "fedit"
 INITS = ("shared", "per_client")
+SEEDS = (0, 1, 2)
+ONE_INIT = ("ffa", "centralized")  # a frozen A is shared; a single client has one draw
 NOT_RUN = "## Not run here"
 
 
@@ -70,8 +72,9 @@ def as_markdown(rows: Sequence[dict], sizes: Sizes, model: str) -> str:
         "fedex stands for them.",
         "",
         "Difference: to FedIT from the same start, in points, on the same examples and seeds, with "
-        "a 95% bootstrap interval over examples and, where there are several, seeds. An interval "
-        "that holds 0 is no evidence of a difference; one seed says nothing of others.",
+        "a 95% bootstrap interval over examples, and over seeds as well where a table's lines are "
+        "in `benchmarks/results.jsonl`. An interval that holds 0 is no evidence of a difference; "
+        "one seed says nothing of others.",
         "",
         "Made by `python benchmarks/methods.py --write`, which goes on where it was stopped.",
     ]
@@ -94,6 +97,14 @@ def as_markdown(rows: Sequence[dict], sizes: Sizes, model: str) -> str:
             for method in METHODS:
                 lines += _line(rows, setting, init, method)
     lines += ["", NOT_RUN, "", "Each has a recipe; its weights or rows need the hub.", ""]
+    cells = len(SEEDS) * (2 * len(METHODS) - len(ONE_INIT))
+    hours = sum(kind.minutes for kind in KINDS) * cells / 60
+    lines += [
+        "What stands for them on one core (`benchmarks/kinds.py`) is part of the same command, "
+        f"where FEDEX_SCALE_DATA has the rows: {cells} cells a setting, {hours:.0f} hours in all "
+        "as extrapolated from trials. A setting without a table above has not been run yet.",
+        "",
+    ]
     lines += ["| experiment | recipe | |", "|---|---|---|"]
     lines += [f"| {what} | `{recipe}` | not run here |" for what, recipe in NOT_HERE.items()]
     return "\n".join(lines) + "\n"

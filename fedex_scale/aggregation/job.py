@@ -34,6 +34,11 @@ def prepare(job: Job) -> Plan:
     base = BaseFiles(base_directory(job.base))
     check_out(job.out, apart_from=base.path)
     adapters = [Adapter(path) for path in job.clients]
+    for adapter in adapters:
+        if not adapter.layers:
+            raise UserError(
+                f"{adapter.path}: expected LoRA weights, found none; is it of method full?"
+            )
     weights = _weights(job)
     rank = max(adapter.rank for adapter in adapters)
     update_rank = base_update_rank(job.method, len(adapters), rank)

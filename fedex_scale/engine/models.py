@@ -46,12 +46,17 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
     return getattr(torch, section.dtype)
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with a pad token (eos where it has none)."""
+def load_tokenizer(section: ModelSection, *, writes: bool = True) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a pad token (eos where it has none).
+
+    Args:
+        writes: the model writes text, and so needs an end token.
+    """
     if section.config:
         return _byte_tokenizer()
     tokenizer = _load(AutoTokenizer, section)
-    if tokenizer.eos_token_id is None:
+    padded = not writes and tokenizer.pad_token_id is not None
+    if tokenizer.eos_token_id is None and not padded:
         raise UserError(f"model.path: the tokenizer of {section.path} has no EOS token; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -81,7 +86,7 @@ def check_vocabulary(section: ModelSection, largest: int) -> None:
 def load_processor(section: ModelSection, kind: ModelKind) -> Any:
     """Return the model's tokenizer, or what makes its inputs of images."""
     if kind.auto != "AutoModelForImageClassification":
-        return load_tokenizer(section)
+        return load_tokenizer(section, writes=not kind.has_head)
     try:
         return _load(AutoImageProcessor, section)
     except ImportError as error:  # timm's needs torchvision

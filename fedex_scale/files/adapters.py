@@ -28,7 +28,8 @@ _PREFIX = "base_model.model."
 class Adapter:
     """A PEFT LoRA directory, opened lazily: no tensor is read before it is asked for.
 
-    Layers may differ in rank and alpha (`rank_pattern`, `alpha_pattern`).
+    Layers may differ in rank and alpha (`rank_pattern`, `alpha_pattern`). One whose config adapts
+    nothing (`target_modules: []`) holds whole weights alone, as a run without an adapter writes it.
 
     Attributes:
         rank: the highest of all layers.
@@ -55,7 +56,7 @@ class Adapter:
         self.layers = tuple(self._layer_names())
         self.base_copies: dict[str, str] = {}
         self.full_weights = tuple(self._full_weights())
-        if not (self.layers or self.full_weights):
+        if not self.layers and self.config.get("target_modules") != []:
             raise UserError(
                 f"{self.path}: expected LoRA weights, found none; is it a LoRA adapter?"
             )

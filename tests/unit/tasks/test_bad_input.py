@@ -112,3 +112,21 @@ def test_another_head_than_the_run_began_with(config: Path, tmp_path: Path) -> N
     shapes["classifier.out_proj.bias"] = (3,)
     with pytest.raises(UserError, match=r"classifier\.out_proj\.bias \(2,\).*got \(3,\)"):
         check_head(adapter, shapes)
+
+
+def test_an_encoders_tokenizer_needs_no_end_token(config: Path, tmp_path: Path) -> None:
+    """As BERT's: texts of a pair are told apart by their types."""
+    from tiny import make_roberta
+    from transformers import AutoTokenizer
+
+    from fedex_scale.run import run_config
+
+    tokenizer = AutoTokenizer.from_pretrained(make_roberta(tmp_path / "model"))
+    tokenizer.eos_token = None
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = [f"model.path={tmp_path / 'model'}", "run.name=pairs", "federation.rounds=1"]
+    rows = [{"a": row["text"], "b": "Fruit?", "label": row["label"]} for row in ROWS]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    changes += [f"data.path={file}", "task.text_columns=[a, b]", f"task.test={file}"]
+    assert (run_config(config, changes) / "final/adapter").is_dir()

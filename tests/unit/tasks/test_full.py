@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fedex_scale.api import export
+from fedex_scale.api import aggregate, export
 from fedex_scale.config.load import load_config
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.planning.choice import make_plan
@@ -118,3 +118,11 @@ def test_a_plan_counts_every_weight(config: Path, run: RunDir) -> None:
     size = sum(x.numel() for x in weights_of(run, 0).values())
     assert plan.weights.trained == size
     assert plan.traffic.up == plan.traffic.down == size
+
+
+def test_without_adapters_there_is_nothing_to_aggregate(run: RunDir, config: Path) -> None:
+    clients = [run.client(1, client) for client in range(3)]
+    out = run.path / "aggregated"
+    with pytest.raises(UserError, match="client-0000: expected LoRA weights, found none"):
+        aggregate(clients, base=config.parent / "roberta", out=out)
+    assert not out.exists()
