@@ -43,6 +43,7 @@ from fedex_scale.runtime.faults import disk_errors
 from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
+from fedex_scale.runtime.text import one_line
 from fedex_scale.runtime.trackers import Trackers
 from fedex_scale.scoring import evaluation
 
@@ -264,6 +265,7 @@ def _run(
                 show_handed_over(engine, run, state)
                 with phase("evaluating"):
                     results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
+                    distributed.on_main(lambda: _remove(run.evaluation(round)))
                     evaluation.write_results(results, run.evaluation(round))
                 seconds = time.perf_counter() - began
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
@@ -283,6 +285,11 @@ def _run(
         monitor.close({"run": run.path, **written})
 
 
+def _remove(folder: Path) -> None:
+    """Remove what a run that was killed wrote before its place was saved."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _facts(engine: Engine) -> dict[str, Any]:
     """Return what report.json says of the machine and the model that no other file does."""
     sizes = {
@@ -299,7 +306,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
 
 def _tell(line: str) -> None:
     if distributed.is_main():
-        print(line, flush=True)
+        print(one_line(line), flush=True)
 
 
 def _intro(config: Config, engine: Engine, clients: list[Examples]) -> str:

@@ -22,19 +22,22 @@ from torch import Tensor
 from fedex_scale.aggregation.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.aggregation.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.aggregation.weights import Target
-from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterWriter
+from fedex_scale.files.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterWriter,
+    target_suffixes,
+)
 from fedex_scale.files.basefiles import BaseWriter
 from fedex_scale.files.tensorfile import BLOCK_BYTES, SafetensorsReader
 from fedex_scale.methods.algebra import LowRank, Pair
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building
 from fedex_scale.runtime.seeds import derive_seed
 
 # Of a client's adapter_config.json, what the result's takes over.
-_TAKEN_OVER = (
-    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
-    "ensure_weight_tying"
-).split()
+_TAKEN_OVER = ("modules_to_save ensure_weight_tying").split()
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:
@@ -165,6 +168,7 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
     config = plan.adapters[0].config
     settings = {key: config[key] for key in _TAKEN_OVER if config.get(key) is not None}
     settings["task_type"] = plan.task_type
+    settings["target_modules"] = _target_modules(plan)
     entries = plan.adapters[0].file.entries
     return AdapterWriter(
         path,
@@ -179,6 +183,14 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
             for name in plan.adapters[0].full_weights
         },
     )
+
+
+def _target_modules(plan: Plan) -> list[str]:
+    """Return what lets PEFT load every layer and no other: last names, or whole ones."""
+    short = target_suffixes(plan.shapes)
+    ends = tuple(f".{name}.weight" for name in short)
+    alike = sum(name.endswith(ends) for name in plan.base.names)
+    return short if alike == len(plan.shapes) else sorted(plan.shapes)
 
 
 def _target(plan: Plan, writer: BaseWriter, layer: str) -> Target:
@@ -219,7 +231,7 @@ def _name_base(adapter: Path, job: Job, changed: bool) -> None:
     untouched = str(Path(job.base).resolve()) if Path(job.base).is_dir() else job.base
     for path in (adapter, *adapter.parent.glob("clients/*")):
         own_base = changed and path == adapter
-        config = json.loads((path / CONFIG_FILE).read_text())
+        config = door.read_json(path / CONFIG_FILE, "begin again", inside=path)
         config["base_model_name_or_path"] = (
             str(job.out.resolve() / "base") if own_base else untouched
         )

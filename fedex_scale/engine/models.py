@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from fedex_scale.config.learning import ModelSection
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -109,15 +110,16 @@ def base_config(section: ModelSection, *, offline: bool = False) -> PretrainedCo
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
     path = CONFIGS / f"{file}.json" if file in names else Path(file)
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    if path.exists():
+        door.read_json(path, "correct it", most=2**24)
+    else:
         raise UserError(
             f"model.config: expected a config.json or one of {', '.join(names)}, got {file}"
         )
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.config: cannot read {path}: {reason}") from None
+    except Exception as error:  # whatever transformers makes of settings that contradict
+        raise UserError(f"model.config: cannot read {path}: {_reason(error)}") from None
 
 
 def known_models() -> dict[str, str]:
@@ -166,11 +168,14 @@ def _load(cls: type, section: ModelSection, **options):
     """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
     path = Path(section.path)
     local = path.exists() or section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
-    if local and not (path / "config.json").is_file():
+    if local and not (path / "config.json").exists():
         raise UserError(
             f"model.path: expected a model directory or a hub id, got {section.path}, "
             "which has no config.json; correct the path (make model fetches the quickstart's)"
         )
+    if local:
+        door.check_directory(path)
+        door.read_json(path / "config.json", "fetch the model again", most=2**24)
     try:
         return cls.from_pretrained(
             section.path,
@@ -178,6 +183,13 @@ def _load(cls: type, section: ModelSection, **options):
             trust_remote_code=section.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: cannot load {section.path}: {reason}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of settings that contradict
+        raise UserError(f"model.path: cannot load {section.path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, and its kind where that tells more than its words."""
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"

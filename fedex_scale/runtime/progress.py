@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedex_scale.runtime import distributed
+from fedex_scale.runtime import distributed, door
+from fedex_scale.runtime.text import cell, readable
 from fedex_scale.runtime.trackers import Trackers
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -85,7 +86,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line above the display."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(readable(text), markup=False, soft_wrap=True)
 
     def close(self, written: Mapping[str, Path]) -> None:
         """Show what came out: scores before and after, and where the files are."""
@@ -95,7 +96,7 @@ class Monitor:
                 table.add_column(column, justify="left" if not column else "right")
             for name, values in self._scores.items():
                 first = f"{values[0]:.1%}" if len(values) > 1 else "-"
-                table.add_row(name, first, f"{values[-1]:.1%}")
+                table.add_row(cell(name), first, f"{values[-1]:.1%}")
             self.console.print(table)
         for name, path in written.items():
             self.say(f"{name}: {path}")
@@ -160,7 +161,7 @@ def _read_events(metrics: Path) -> list[dict[str, Any]]:
     """Return the events of a run that goes on; none for a new one."""
     if not metrics.exists():
         return []
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [door.parse_json(line, finite=False) for line in door.read_lines(metrics)]
 
 
 def _duration(seconds: float) -> str:

@@ -308,14 +308,15 @@ def test_what_the_user_wrote_cannot_reach_the_terminal_as_commands(load) -> None
 def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(UserError, match=r"^--config: cannot read .* \(not a regular file\)"):
+        with pytest.raises(UserError, match=r"expected a regular file, got "):
             load_config(path)
 
 
-@pytest.mark.parametrize("name", ["none.yaml", "."])
-def test_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--config: cannot read"):
-        load_config(tmp_path / name)
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="expected a regular file, got a directory"):
+        load_config(tmp_path)
 
 
 def test_the_resolved_config_loads_again_as_itself(load, tmp_path: Path, monkeypatch) -> None:
