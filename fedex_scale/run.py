@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fedex_scale.config.load import Source, load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.yamlfile import read_yaml
 from fedex_scale.data.batching import Examples
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import encode
@@ -30,9 +33,9 @@ from fedex_scale.engine.ds_config import zero_stage
 from fedex_scale.federation.checkpoint import Checkpoint, rewind
 from fedex_scale.federation.client import num_steps
 from fedex_scale.federation.export import show_handed_over, write_final
-from fedex_scale.federation.saves import Found, Saver, find
+from fedex_scale.federation.saves import FREE, Found, Saver, differences, find
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.run_dir import CONFIG_FILE, RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
 from fedex_scale.reporting import card, record
@@ -40,6 +43,7 @@ from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
+from fedex_scale.runtime.outputs import lock, sync, write_file
 from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
@@ -72,11 +76,41 @@ def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | No
 
 def _run_or_resume(config: Config) -> None:
     run = RunDir(config.run.path)
-    found = distributed.on_main(lambda: check_directory(config))
-    if found.checkpoint is not None and found.checkpoint.place.finished:
-        _tell(f"{run.path}: this run is finished; nothing to do")
-        return
-    with Trackers(config.run.trackers, run.path) as trackers:
+    with ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(held(run)) and None)
+        found = distributed.on_main(lambda: check_directory(config))
+        if found.checkpoint is not None and found.checkpoint.place.finished:
+            distributed.on_main(lambda: restore_config(run, found.checkpoint))
+            for note in found.notes[:-1]:
+                _tell(note)
+            _tell(f"{run.path}: this run is finished; nothing to do")
+            return
+        _load_and_run(config, run, found)
+
+
+@contextmanager
+def held(run: RunDir) -> Iterator[None]:
+    """Hold the run directory's lock, beside it, which dies with this process.
+
+    Raises:
+        UserError: another process has it, or the place cannot be written.
+    """
+    path, parent = run.path, run.path.parent
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            what = f"run.name: {path}"
+            stack.enter_context(lock(parent / f".{path.name}.lock", what))
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write to {parent} ({error.strerror}); choose another run.dir"
+            ) from None
+        yield
+
+
+def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
+    with Trackers(config.run.trackers, run.path) as trackers, ThreadPoolExecutor(1) as thread:
+        digests = thread.submit(models.digests, config.model) if distributed.is_main() else None
         with phase("load"):
             distributed.together(lambda: check_evaluation(config))
             if config.train.packing:
@@ -89,10 +123,12 @@ def _run_or_resume(config: Config) -> None:
                 _tell(warning)
             distributed.on_main(lambda: trackers.open(to_dict(config)))
             engine = distributed.together(lambda: engine_for(config, len(clients)))
+            distributed.on_main(lambda: check_base(config, digests.result(), found.checkpoint))
             distributed.on_main(lambda: prepare_directory(config, run, partition, found.checkpoint))
         for note in found.notes:
             _tell(note)
-        _run(config, engine, tokenizer, clients, run, found.checkpoint, trackers)
+        base = digests.result() if digests else {}
+        _run(config, engine, tokenizer, clients, run, found.checkpoint, trackers, base)
 
 
 def with_side_rank(config: Config, found: Found) -> Config:
@@ -206,13 +242,43 @@ def prepare_directory(
         text = json.dumps(partition, indent=2) + "\n"
         if last is None:
             make_directory(config, run, text)
-        elif (run.path / "partition.json").read_text() != text:
+            return
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if last.files.get("partition.json", (0, digest))[1] != digest:
             raise UserError(
                 f"resume: {run.path}: the data are others than those it was begun with; bring "
                 "them back, or choose another run.name"
             )
-        else:
-            rewind(run, last)
+        rewind(run, last)
+        write_file(run.path / "partition.json", text)
+        restore_config(run, last)
+
+
+def restore_config(run: RunDir, last: Checkpoint) -> None:
+    """Write config.yaml again where a power cut damaged it; every checkpoint holds it, too."""
+    whole = False
+    with suppress(UserError, LookupError, AttributeError):
+        there = to_dict(run.config())
+        text = read_yaml(run.path / CONFIG_FILE)
+        whole = all(text[name].keys() == keys.keys() for name, keys in last.config.items())
+        whole = whole and not differences(there, last.config) - FREE
+    if not whole:
+        write_file(run.path / CONFIG_FILE, yaml.safe_dump(last.config, sort_keys=False))
+
+
+def check_base(
+    config: Config, digests: dict[str, tuple[int, str]], last: Checkpoint | None
+) -> None:
+    """Raise a UserError where the base's files are others than those the run was begun with."""
+    if last is None:
+        return
+    changed = [name for name, entry in last.base.items() if digests.get(name) != entry]
+    changed += [name for name in digests if name not in last.base and name.endswith(".safetensors")]
+    if changed:
+        raise UserError(
+            f"resume: {config.model.path}: {', '.join(changed)} was changed since the run was "
+            "begun; bring the files back, or choose another run.name"
+        )
 
 
 def make_directory(config: Config, run: RunDir, partition: str) -> None:
@@ -222,11 +288,12 @@ def make_directory(config: Config, run: RunDir, partition: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    (new / "config.yaml").write_text(text, encoding="utf-8")
-    (new / "partition.json").write_text(partition)
+    write_file(new / CONFIG_FILE, text)
+    write_file(new / "partition.json", partition)
     if run.path.exists():
         run.path.rename(old)
     new.rename(run.path)
+    sync(run.path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -238,6 +305,7 @@ def _run(
     run: RunDir,
     last: Checkpoint | None,
     trackers: Trackers,
+    base: dict[str, tuple[int, str]],
 ) -> None:
     rounds, seed = config.federation.rounds, config.run.seed
     total = sum(
@@ -246,7 +314,7 @@ def _run(
         for client in choose_clients(config.federation, len(clients), seed, round)
     )
     with (
-        Saver(config, engine, run, last) as saver,
+        Saver(config, engine, run, last, base) as saver,
         Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor,
     ):
         monitor.say(_intro(config, engine, clients))

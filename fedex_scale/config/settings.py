@@ -51,6 +51,8 @@ class RunSection(Section, title="run"):
     def problems(self) -> Iterator[str]:
         if self.name in ("", ".", "..") or "/" in self.name:
             yield f"run.name: expected a plain name, got {shown(self.name)}; try my_run"
+        if not self.dir:
+            yield "run.dir: expected a directory, got ''; try runs"
         for tracker in self.trackers:
             if importlib.util.find_spec(tracker) is None:
                 yield f"run.trackers: {tracker} is not installed; pip install {tracker}"

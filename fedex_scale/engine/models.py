@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -21,12 +22,14 @@ from transformers import (
 )
 
 from fedex_scale.config.learning import ModelSection
+from fedex_scale.files.basefiles import base_directory
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "model_configs"
+_DIGESTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
@@ -54,6 +57,26 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def digests(section: ModelSection) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of the files that a model and its tokenizer are made of, by name.
+
+    None of random weights. About a second for 2 GB, while the model loads.
+    """
+    if section.random or section.config:
+        return {}
+    folder, found = base_directory(section.path, section.revision), {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix not in _DIGESTED or not path.is_file():
+            continue
+        digest, size, block = hashlib.sha256(), 0, bytearray(2**22)
+        with door.opened(path) as file:
+            while count := file.readinto(block):
+                digest.update(memoryview(block)[:count])
+                size += count
+        found[path.name] = (size, digest.hexdigest())
+    return found
 
 
 def check_packing(section: ModelSection) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedex_scale.config.section import AsTuple
 from fedex_scale.config.words import shown
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
@@ -238,6 +239,53 @@ class SampleLine(Kind):
     doc_id: Count
     doc_hash: Name
     verdict: dict[Name, Any]
+
+
+class ServerPlace(Kind):
+    round: Round
+    has_side: bool
+    base_changed: bool
+
+
+class RunningClient(Kind):
+    client: Index
+    attempt: Annotated[int, Field(ge=0, le=1)]
+    step: Count
+    num_tokens: Count
+    first_loss: Number
+    last_loss: Number
+    seconds: Norm
+
+
+class RunPlace(Kind):
+    """How far a run has come."""
+
+    state: ServerPlace
+    evaluated: bool
+    done: list[Index]
+    skipped: list[Index]
+    running: RunningClient | None
+    finished: bool
+
+
+FileEntries = dict[
+    Name, Annotated[tuple[Count, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], AsTuple]
+]
+
+
+class Manifest(Kind):
+    """A checkpoint's manifest.json."""
+
+    format: int
+    place: RunPlace
+    world_size: Annotated[int, Field(ge=1, lt=2**20)]
+    metrics_bytes: Count
+    metrics_sha256: Name
+    boundary_bytes: Count
+    config: dict[str, dict[str, Any]]
+    base: FileEntries
+    files: FileEntries
+    sha256: Name
 
 
 def check(kind: type[K], tree: Any, what: str | Path, remedy: str) -> K:
