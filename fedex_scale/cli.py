@@ -15,6 +15,7 @@ import typer
 
 import fedex_scale
 from fedex_scale import api
+from fedex_scale.runtime import pipes
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.text import ReadableFormatter, one_line, readable
 
@@ -331,6 +332,7 @@ def report(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    pipes.make_lasting()
     _set_up_libraries()
     try:
         app(list(arguments) if arguments is not None else None)

@@ -241,9 +241,12 @@ def _name_base(adapter: Path, job: Job, changed: bool) -> None:
 def _report(job: Job, plan: Plan, report: AggregateReport, seconds: float) -> dict[str, Any]:
     whole = report.as_dict()
     bases = sorted({str(x.config.get("base_model_name_or_path")) for x in plan.adapters})
-    notes = sorted({layer.note for layer in report.layers if layer.note})
+    notes = sorted({layer.note for layer in report.layers if layer.note}) + report.outliers
+    notes += _odd_clients(plan)
     if len(bases) > 1:
         notes.append(f"clients name different base models: {', '.join(bases)}")
+    elif bases[0] not in ("None", "") and Path(bases[0]).name != Path(job.base).name:
+        notes.append(f"all clients name another base model: {bases[0]}")
     if job.section.fold == "carry" and report.base_changed:
         notes.append("fold: carry has nothing to carry in a single aggregation; same as round")
     warning = report.warning(job.section)
@@ -265,6 +268,21 @@ def _report(job: Job, plan: Plan, report: AggregateReport, seconds: float) -> di
         "notes": [*([warning] if warning else []), *notes],
         **whole,
     }
+
+
+def _odd_clients(plan: Plan) -> Iterator[str]:
+    """Yield what to know of a client besides its numbers."""
+    places = [adapter.path.resolve() for adapter in plan.adapters]
+    for place in sorted(set(places)):
+        if places.count(place) > 1:
+            yield f"client {place} is listed {places.count(place)} times, and counts as often"
+    for adapter in plan.adapters:
+        missed = adapter.not_targeted()
+        if missed:
+            yield (
+                f"{adapter.path}: its target_modules name {len(adapter.layers) - len(missed)} of "
+                f"the {len(adapter.layers)} layers in its file; all of them were aggregated"
+            )
 
 
 def _progress(console: Console | None) -> Progress:

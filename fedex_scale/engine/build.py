@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, Optimizer
 from fedex_scale.engine import lora_model, models
+from fedex_scale.engine.build_lock import naming_stale_locks
 from fedex_scale.engine.ds_config import read_ds_config
 from fedex_scale.engine.loading import load_base
 from fedex_scale.engine.lora_model import CLIENT, SIDE
@@ -90,23 +91,24 @@ def build_engine(
             largest_weight=models.largest_weight(model),
             quantization=model.quantization,
         )
-    base = load_base(model, dtype, device, ds_config)
-    if ds_config is None and model.quantization == "none":
-        base.to(device)
-    peft_model = lora_model.add_adapters(base, lora, trains=trains)
-    if model.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    inner = _optimizer(optimizer, trainable, weight_decay)
-    ds_engine = None
-    if ds_config is not None:
-        import deepspeed
+    with naming_stale_locks() if ds_config is not None else nullcontext():
+        base = load_base(model, dtype, device, ds_config)
+        if ds_config is None and model.quantization == "none":
+            base.to(device)
+        peft_model = lora_model.add_adapters(base, lora, trains=trains)
+        if model.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        trainable = [p for p in peft_model.parameters() if p.requires_grad]
+        inner = _optimizer(optimizer, trainable, weight_decay)
+        ds_engine = None
+        if ds_config is not None:
+            import deepspeed
 
-        ds_engine, *_ = deepspeed.initialize(
-            model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
-        )
-        inner = ds_engine.basic_optimizer
+            ds_engine, *_ = deepspeed.initialize(
+                model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
+            )
+            inner = ds_engine.basic_optimizer
     engine = Engine(
         model=peft_model,
         layers=lora_model.lora_layers(peft_model),

@@ -36,6 +36,7 @@ _WORDS = {  # pydantic's, and this project's
     "less than or equal to": "at most",
     "greater than": "above",
     "less than": "below",
+    "a valid integer": "a whole number",
     "a valid ": "a ",
 }
 

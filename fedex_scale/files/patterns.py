@@ -14,7 +14,7 @@ import regex
 
 from fedex_scale.runtime.errors import UserError
 
-BUDGET_S = 2.0
+BUDGET_S = 1.0  # of this process, as the engine counts it
 MAX_PATTERN = 500
 MAX_EXPRESSIONS = 100
 
@@ -64,7 +64,7 @@ class Matcher:
             self._compile(pattern)
 
     def _matches(self, pattern: str, name: str) -> bool:
-        compiled, began = self._compile(pattern), time.perf_counter()
+        compiled, began = self._compile(pattern), time.process_time()
         try:
             return compiled.fullmatch(name, timeout=max(self._left, 1e-3)) is not None
         except TimeoutError:
@@ -73,7 +73,7 @@ class Matcher:
                 "the layers"
             ) from None
         finally:
-            self._left -= time.perf_counter() - began
+            self._left -= time.process_time() - began
 
     def _compile(self, pattern: str) -> regex.Pattern:
         if pattern not in self._compiled:
