@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from pathlib import Path
@@ -84,6 +85,9 @@ def read_files(pattern: str, key: str) -> Dataset:
             f"{key}: expected a {', '.join(_BUILDERS)} file or a hub id, got {pattern}; "
             "convert it, or name a hub dataset"
         )
+    fixed = Path(pattern.partition("**")[0])
+    if "**" in pattern and len(fixed.parts) < 2 and fixed.is_absolute():
+        raise UserError(f"{key}: expected files of a folder, got {pattern}; name one")
     files = sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
     if not files:
         raise UserError(f"{key}: expected a file, found none at {pattern}; correct the path")
@@ -101,6 +105,7 @@ def _read_hub(config: DataConfig) -> Dataset:
 
 def load(source: str, remedy: str, *args: Any, **kwargs: Any) -> Dataset:
     """Call `load_dataset`; whatever it raises is about the user's data or network."""
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come as exceptions, too
     try:
         rows = load_dataset(*args, **kwargs)
     except Exception as error:

@@ -9,6 +9,7 @@ import torch
 from fedex_scale.config.learning import EngineSection
 from fedex_scale.config.shipped import locate, remedy
 from fedex_scale.config.words import shown
+from fedex_scale.files import kinds
 from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.errors import UserError
 
@@ -102,6 +103,8 @@ def read_settings(given: str | None) -> dict[str, Any] | None:
         ) from None
     if not isinstance(settings, dict):
         raise UserError(f"engine.deepspeed: {given}: expected an object, got {shown(settings)}")
+    what = f"engine.deepspeed: {given}"
+    kinds.check(kinds.DeepSpeedFile, settings, what, "see ds_configs/README.md")
     return settings
 
 

@@ -242,6 +242,24 @@ class SampleLine(Kind):
     verdict: dict[Name, Any]
 
 
+class Offload(Kind):
+    device: Name = "none"
+
+
+class ZeroSection(Kind):
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    offload_param: Offload | None = None
+    offload_optimizer: Offload | None = None
+    zero_hpz_partition_size: int = 1
+    mics_shard_size: int = -1
+
+
+class DeepSpeedFile(Kind):
+    """DeepSpeed's JSON, as far as this program decides by it."""
+
+    zero_optimization: ZeroSection = ZeroSection()
+
+
 class ServerPlace(Kind):
     round: Round
     has_side: bool
@@ -364,6 +382,8 @@ def _problem(error: ValidationError, tree: Any) -> str:
     if first["type"] == "missing":
         return f"expected {'.'.join(map(str, path))}, got none"
     reason = first["msg"].replace("Input should be ", "")
+    if "dictionary or instance of" in reason:
+        reason = "an object"
     for theirs, ours in _WORDS.items():
         reason = reason.replace(theirs, ours)
     return f"{key:.200}: expected {reason}, got {shown(value)}"
