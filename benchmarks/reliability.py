@@ -1,7 +1,7 @@
 """Kill, damage and fill up: how often a run goes on and ends as if nothing had happened.
 
     python benchmarks/reliability.py [--kills 25] [--rank-kills 5] [--mutations 200]
-        [--full-disks 10] [--fuzz-minutes 60] [--cost CONFIG]
+        [--full-disks 10] [--output-kills 10] [--fuzz-minutes 60] [--cost CONFIG]
 
 prints the table of docs/reliability.md. 0 leaves a row out. The cost of checkpoints is measured
 in the run of CONFIG (with MODEL=... as override if need be), the rest on a tiny model.
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, count in (("kills", 25), ("rank-kills", 5), ("mutations", 200), ("full-disks", 10)):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--output-kills", type=int, default=10)
     parser.add_argument("--fuzz-minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", help="a config whose checkpoints are to be timed")
@@ -60,6 +61,8 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
         yield kill_row("kill -9 of one rank of 2, ZeRO-3", seen)
     if options.mutations:
         yield mutation_row(prepare(folder / "mutations"), options.mutations, seed)
+    if options.output_kills:
+        yield output_row(prepare(folder / "outputs"), options.output_kills, seed)
     if options.fuzz_minutes:
         yield fuzz_row(prepare(folder / "fuzzed"), options.fuzz_minutes, seed)
     if options.full_disks:
@@ -121,6 +124,17 @@ def fuzz_row(config: Path, minutes: float, seed: int) -> tuple[str, str, str]:
     refused = sum(x["outcome"] == "refused" for x in seen)
     text = f"{refused} refused on one line, {len(bad)} fell short"
     return f"drawn files, every command, {minutes:g} minutes", str(len(seen)), text
+
+
+def output_row(config: Path, each: int, seed: int) -> tuple[str, str, str]:
+    source, place = finished_run(config, "evaluation.limit=1"), config.parent / "sandbox"
+    place.mkdir()
+    seen = start("killed_outputs.py", config.parent / "llama", source, place, each, seed)
+    good = sum(x["out"] != "half" for x in seen)
+    left = sum(x["scratch_after_next"] for x in seen)
+    commands = sorted({x["command"] for x in seen})
+    text = f"OUT whole or absent in {good}; {left} scratch directories after the next call"
+    return f"kill -9 of {', '.join(commands)}", str(len(seen)), text
 
 
 def finished_run(config: Path, *overrides: str) -> Path:

@@ -38,8 +38,8 @@ def opened(path: str | Path, *, inside: Path | None = None) -> Iterator[BinaryIO
     """Give a regular file to read, unbuffered; it is never waited for, as a pipe would be.
 
     Args:
-        inside: the directory that it has to lie in, wherever links lead to. Of a hub's cache,
-            whose snapshots link to blobs beside them, that is the whole model's.
+        inside: the directory that it has to lie in, wherever links lead to; but for those into
+            the blobs of a hub's cache, which its snapshots are made of.
 
     Raises:
         OSError: it is not there, or may not be read.
@@ -185,10 +185,9 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
 def _check_inside(path: Path, real: str, inside: Path) -> None:
     """Raise a UserError where an open file lies elsewhere than its path says."""
     allowed = os.path.realpath(inside)
-    parts = Path(allowed).parts
-    if "snapshots" in parts[-3:] and any(part.startswith("models--") for part in parts):
-        model = next(i for i, part in enumerate(parts) if part.startswith("models--"))
-        allowed = os.path.join(*parts[: model + 1])
+    *_, model, folder = ("", "", *Path(real).parts[:-1])
+    if folder == "blobs" and model.startswith("models--"):
+        return
     if not real.startswith(allowed.rstrip("/") + "/"):
         raise UserError(
             f"{path}: expected a file in {inside}, got a link to {real}; put the file itself there"
