@@ -6,6 +6,7 @@ plain names, which are looked up; for the others there is a bound on the time of
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import regex
 from fedex_scale.runtime.errors import UserError
 
 BUDGET_S = 1.0  # of this process, as the engine counts it
-MAX_PATTERN = 500
+MAX_PATTERN = 1000
 MAX_EXPRESSIONS = 100
 
 
@@ -78,8 +79,8 @@ class Matcher:
     def _compile(self, pattern: str) -> regex.Pattern:
         if pattern not in self._compiled:
             try:
-                if len(pattern) > MAX_PATTERN or "{" in pattern:
-                    raise regex.error("too long, or with counted repetitions")
+                if len(pattern) > MAX_PATTERN or not _is_plain(pattern):
+                    raise regex.error("too long, or with more than an expression of names needs")
                 self._compiled[pattern] = regex.compile(pattern)
             except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
                 raise UserError(
@@ -92,6 +93,15 @@ class Matcher:
 def _is_literal(pattern: str) -> bool:
     """Return whether it matches itself alone; a dot is one, as in a layer's name."""
     return all(x.isalnum() or x in "._-" for x in pattern)
+
+
+def _is_plain(pattern: str) -> bool:
+    """Return whether the engine's bound on time holds: no counts of groups, no recursion."""
+    counts = re.findall(r"(?<![)])\{\d{1,2}(?:,\d{1,2})?\}", pattern)
+    if len(counts) != pattern.count("{") or len(counts) > 4:
+        return False
+    groups = re.findall(r"\(\?(?::|=|!|<=|<!)", pattern)
+    return len(groups) == pattern.count("(?") and pattern.count("(") <= 50
 
 
 def _endings(name: str) -> Iterable[str]:

@@ -129,7 +129,20 @@ def test_size_and_lines_are_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a|aa)+b", "(.*)*x", "(x+x+)+y", "(?:.*a){0,30}b", "[", "(?P<"]
+    "pattern",
+    [
+        "(a|aa)+b",
+        "(.*)*x",
+        "(x+x+)+y",
+        "(?:.*a){0,30}b",
+        "[",
+        "(?P<",
+        "((((a{99}){99}){99}){99})",
+        "(?R)+",
+        "(?i)q",
+        "(a+)+" * 40,
+        "(" * 45 + "a+" + ")+" * 45 + "b",
+    ],
 )
 def test_a_strangers_pattern_is_matched_in_time_or_refused(pattern: str) -> None:
     name, began = "model.layers.0." + "a" * 60 + "x" * 60, time.process_time()
@@ -147,6 +160,7 @@ def test_patterns_mean_what_they_mean_to_peft() -> None:
     assert matcher.first({"q_proj": 2}, layer, 8) == 2
     assert matcher.first({"k_proj": 2}, layer, 8) == 8
     assert matcher.first({"roj": 2}, layer, 8) == 8
+    assert matcher.first({r"layers\.\d{1,2}\.(?:self_attn|mlp)\..*": 2}, layer, 8) == 2
     assert matcher.first({r"layers\.[0-3]\..*": 2}, layer, 8) == 2
     assert matcher.first({"k_proj": 1, "self_attn.q_proj": 2, "q_proj": 3}, layer, 8) == 2
     many = {f"layers.{i}.q_proj": i + 1 for i in range(20_000)}
