@@ -29,7 +29,7 @@ from fedex_scale.runtime.errors import UserError
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "model_configs"
-_DIGESTED = (".safetensors", ".json", ".model", ".txt", ".jinja")
+_DIGESTED = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
@@ -62,11 +62,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 def digests(section: ModelSection) -> dict[str, tuple[int, str]]:
     """Return size and SHA-256 of the files that a model and its tokenizer are made of, by name.
 
-    None of random weights. About a second for 2 GB, while the model loads.
+    None of random weights. Some 2 s of a core for a GB, in a thread while the model loads.
     """
     if section.random or section.config:
         return {}
-    folder, found = base_directory(section.path, section.revision), {}
+    try:
+        folder, found = base_directory(section.path, section.revision), {}
+    except UserError:  # loading it says what is wrong, or had it from elsewhere
+        return {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix not in _DIGESTED or not path.is_file():
             continue
