@@ -74,7 +74,8 @@ class _PlainLoader(yaml.SafeLoader):
             self._refuse(event, f"expected no tag, got {shown(event.tag)}")
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
-            if len(node.value) > MAX_CHARS or "\0" in node.value:
+            half = any("\ud800" <= letter <= "\udfff" for letter in node.value)
+            if len(node.value) > MAX_CHARS or "\0" in node.value or half:
                 self._refuse(event, f"expected at most {MAX_CHARS:,} characters, and no NUL")
         elif isinstance(event, yaml.AliasEvent):  # each may hold many of the one before
             self._refuse(event, f"expected an alias of one value only, got *{event.anchor}")
