@@ -1,7 +1,7 @@
 """Kill, damage and fill up: how often a run goes on and ends as if nothing had happened.
 
     python benchmarks/reliability.py [--kills 25] [--rank-kills 5] [--mutations 200]
-        [--full-disks 10] [--cost CONFIG]
+        [--full-disks 10] [--output-kills 10] [--fuzz-minutes 60] [--cost CONFIG]
 
 prints the table of docs/reliability.md. 0 leaves a row out. The cost of checkpoints is measured
 in the run of CONFIG (with MODEL=... as override if need be), the rest on a tiny model.
@@ -33,6 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, count in (("kills", 25), ("rank-kills", 5), ("mutations", 200), ("full-disks", 10)):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--output-kills", type=int, default=10)
+    parser.add_argument("--fuzz-minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", help="a config whose checkpoints are to be timed")
     parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
@@ -59,6 +61,10 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
         yield kill_row("kill -9 of one rank of 2, ZeRO-3", seen)
     if options.mutations:
         yield mutation_row(prepare(folder / "mutations"), options.mutations, seed)
+    if options.output_kills:
+        yield output_row(prepare(folder / "outputs"), options.output_kills, seed)
+    if options.fuzz_minutes:
+        yield fuzz_row(prepare(folder / "fuzzed"), options.fuzz_minutes, seed)
     if options.full_disks:
         unshare = ("unshare", "--map-root-user", "--mount")
         config = prepare(folder / "disks")
@@ -102,19 +108,51 @@ def kill_row(what: str, seen: list[dict]) -> tuple[str, str, str]:
     return where, str(len(seen)), f"{good} resume bit-equal, {orphans} orphans"
 
 
-def mutation_row(config: Path, count: int, seed: int) -> tuple[str, str, str]:
+def fuzz_row(config: Path, minutes: float, seed: int) -> tuple[str, str, str]:
+    """Draw cases for so long, and print on stderr what fell short."""
+    source, place = finished_run(config, "evaluation.limit=1"), config.parent / "sandbox"
+    place.mkdir()
+    began, seen = time.monotonic(), []
+    while (left := 60 * minutes - (time.monotonic() - began)) > 0:
+        arguments = (config.parent / "llama", source, place, 2000, seed + len(seen), left)
+        seen += start("fuzz.py", *arguments)
+    faults = ("output_left", "not_finite", "writes_elsewhere", "controls", "too_much_memory")
+    fine = ("accepted", "refused")
+    bad = [x for x in seen if x["outcome"] not in fine or any(x[name] for name in faults)]
+    for case in bad:
+        print(f"  {case}", file=sys.stderr)
+    refused = sum(x["outcome"] == "refused" for x in seen)
+    text = f"{refused} refused on one line, {len(bad)} fell short"
+    return f"drawn files, every command, {minutes:g} minutes", str(len(seen)), text
+
+
+def output_row(config: Path, each: int, seed: int) -> tuple[str, str, str]:
+    source, place = finished_run(config, "evaluation.limit=1"), config.parent / "sandbox"
+    place.mkdir()
+    seen = start("killed_outputs.py", config.parent / "llama", source, place, each, seed)
+    good = sum(x["out"] != "half" for x in seen)
+    left = sum(x["scratch_after_next"] for x in seen)
+    commands = sorted({x["command"] for x in seen})
+    text = f"OUT whole or absent in {good}; {left} scratch directories after the next call"
+    return f"kill -9 of {', '.join(commands)}", str(len(seen)), text
+
+
+def finished_run(config: Path, *overrides: str) -> Path:
+    """Do a run of one round, and return its directory."""
     program = "import sys; from fedex_scale.run import run_config; run_config(*eval(sys.argv[1]))"
-    overrides = ["run.name=source", "federation.rounds=1", "evaluation.tasks=[]"]
-    overrides += ["evaluation.data=null"]
-    source = repr((str(config), overrides))
+    given = repr((str(config), ["run.name=source", "federation.rounds=1", *overrides]))
     subprocess.run(
-        [sys.executable, "-c", program, source], env=ENVIRONMENT, check=True, capture_output=True
+        [sys.executable, "-c", program, given], env=ENVIRONMENT, check=True, capture_output=True
     )
+    return config.parent / "runs" / "source"
+
+
+def mutation_row(config: Path, count: int, seed: int) -> tuple[str, str, str]:
+    run = finished_run(config, "evaluation.tasks=[]", "evaluation.data=null")
     folder = config.parent
     place = folder / "mutated"
     place.mkdir()
     each = -(-count // 3)  # of three kinds of readers
-    run = folder / "runs" / "source"
     seen = start("mutate.py", folder / "llama", run, place, each, seed)
     failed = [x for x in seen if x["outcome"].startswith("failed")]
     for bad in failed:

@@ -15,7 +15,9 @@ import typer
 
 import fedex_scale
 from fedex_scale import api
+from fedex_scale.runtime import pipes
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.text import ReadableFormatter, one_line, readable
 from fedex_scale.sites import commands as sites
 
 Config = Annotated[
@@ -105,7 +107,7 @@ def show_settings(
         )
     if check is not None:
         load_config(check, overrides or [])
-        typer.echo(f"{check}: every setting can be used")
+        typer.echo(one_line(f"{check}: every setting can be used"))
     else:
         typer.echo(describe.explain(explain) if explain else describe.template(), nl=bool(explain))
 
@@ -177,7 +179,7 @@ def aggregate(
         console=console,
     )
     for line in describe(report, out):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(one_line(line), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -230,7 +232,7 @@ def doctor(
     failed = False
     for finding in examine(load_config(config, overrides or []) if config else None):
         failed |= finding.fatal
-        typer.echo(str(finding))
+        typer.echo(readable(finding))
     raise typer.Exit(int(failed))
 
 
@@ -249,7 +251,8 @@ def export(
     """Turn a run into one exact adapter for the untouched base, or into a merged model."""
     done = api.export(run, out, rank=rank, merged=merged, dtype=dtype)
     what = "merged model" if merged else f"adapter of rank {done.rank} for the untouched base"
-    typer.echo(f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}")
+    line = f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}"
+    typer.echo(one_line(line))
 
 
 @app.command()
@@ -314,8 +317,8 @@ def evaluate(
         console = Console(highlight=False)
         console.print(post_hoc.table(done.results, done.known_as))
         for warning in warnings(done.results):
-            console.print(f"warning: {warning}", markup=False, soft_wrap=True)
-        console.print(f"results: {done.out}", markup=False, soft_wrap=True)
+            console.print(one_line(f"warning: {warning}"), markup=False, soft_wrap=True)
+        console.print(one_line(f"results: {done.out}"), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -344,7 +347,8 @@ def report(
     """Write report.html about a run, or about several side by side, with its figures."""
     from fedex_scale.reporting.page import write_report
 
-    typer.echo(write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison"))))
+    page = write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison")))
+    typer.echo(one_line(page))
 
 
 sites.add_to(app)
@@ -352,6 +356,7 @@ sites.add_to(app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    pipes.make_lasting()
     _set_up_libraries()
     try:
         app(list(arguments) if arguments is not None else None)
@@ -403,6 +408,8 @@ def _tell_of_fault(reason: str) -> None:
 def _set_up_libraries() -> None:
     """Before they are imported: show errors only, and let idle threads sleep."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(ReadableFormatter("%(message)s"))
     logging.getLogger("fedex_scale").setLevel(logging.INFO)
     # DeepSpeed compiles its ops with the ninja that is installed beside this Python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import secrets
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +25,17 @@ from fedex_scale.config.load import Source, load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.yamlfile import read_yaml
 from fedex_scale.engine import lora_model, models
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.ds_config import zero_stage
 from fedex_scale.federation.checkpoint import Checkpoint, rewind
 from fedex_scale.federation.client import num_steps
 from fedex_scale.federation.export import show_handed_over, write_final
-from fedex_scale.federation.saves import Found, Saver, find
+from fedex_scale.federation.saves import FREE, Found, Saver, differences, find
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter, base_name
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.run_dir import CONFIG_FILE, RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
 from fedex_scale.reporting import card, record
@@ -39,8 +43,10 @@ from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
+from fedex_scale.runtime.outputs import lock, sync, write_file
 from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
+from fedex_scale.runtime.text import one_line
 from fedex_scale.runtime.trackers import Trackers
 from fedex_scale.scoring import asked, evaluation
 from fedex_scale.scoring.look import Look
@@ -75,11 +81,41 @@ def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | No
 
 def _run_or_resume(config: Config) -> None:
     run = RunDir(config.run.path)
-    found = distributed.on_main(lambda: check_directory(config))
-    if found.checkpoint is not None and found.checkpoint.place.finished:
-        _tell(f"{run.path}: this run is finished; nothing to do")
-        return
-    with Trackers(config.run.trackers, run.path) as trackers:
+    with ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(held(run)) and None)
+        found = distributed.on_main(lambda: check_directory(config))
+        if found.checkpoint is not None and found.checkpoint.place.finished:
+            distributed.on_main(lambda: restore_config(run, found.checkpoint))
+            for note in found.notes[:-1]:
+                _tell(note)
+            _tell(f"{run.path}: this run is finished; nothing to do")
+            return
+        _load_and_run(config, run, found)
+
+
+@contextmanager
+def held(run: RunDir) -> Iterator[None]:
+    """Hold the run directory's lock, beside it, which dies with this process.
+
+    Raises:
+        UserError: another process has it, or the place cannot be written.
+    """
+    path, parent = run.path, run.path.parent
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            what = f"run.name: {path}"
+            stack.enter_context(lock(parent / f".{path.name}.lock", what))
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write to {parent} ({error.strerror}); choose another run.dir"
+            ) from None
+        yield
+
+
+def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
+    with Trackers(config.run.trackers, run.path) as trackers, ThreadPoolExecutor(1) as thread:
+        digests = thread.submit(models.digests, config.model) if distributed.is_main() else None
         with phase("load"):
             distributed.together(lambda: check_evaluation(config))
             if config.train.packing:
@@ -99,6 +135,7 @@ def _run_or_resume(config: Config) -> None:
             engine = distributed.together(
                 lambda: engine_for(config, len(clients.train), lesson.model)
             )
+            distributed.on_main(lambda: check_base(config, digests.result(), found.checkpoint))
             if found.checkpoint is not None:
                 begun = Adapter(run.adapter(0))
                 distributed.together(lambda: check_head(begun, engine.whole_shapes()))
@@ -108,8 +145,10 @@ def _run_or_resume(config: Config) -> None:
             check_shared(run.path)
         for note in found.notes:
             _tell(note)
-        tokenizer = None if config.task.has_head else processor
-        _run(config, engine, tokenizer, lesson, run, found.checkpoint, trackers)
+        base, tokenizer = digests.result() if digests else {}, processor
+        if config.task.has_head:
+            tokenizer = None
+        _run(config, engine, tokenizer, lesson, run, found.checkpoint, trackers, base)
 
 
 def with_side_rank(config: Config, found: Found) -> Config:
@@ -235,13 +274,43 @@ def prepare_directory(
         text = json.dumps(partition, indent=2) + "\n"
         if last is None:
             make_directory(config, run, text)
-        elif (run.path / "partition.json").read_text() != text:
+            return
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if last.files.get("partition.json", (0, digest))[1] != digest:
             raise UserError(
                 f"resume: {run.path}: the data are others than those it was begun with; bring "
                 "them back, or choose another run.name"
             )
-        else:
-            rewind(run, last)
+        rewind(run, last)
+        write_file(run.path / "partition.json", text)
+        restore_config(run, last)
+
+
+def restore_config(run: RunDir, last: Checkpoint) -> None:
+    """Write config.yaml again where a power cut damaged it; every checkpoint holds it, too."""
+    whole = False
+    with suppress(UserError, LookupError, AttributeError):
+        there = to_dict(run.config())
+        text = read_yaml(run.path / CONFIG_FILE)
+        whole = all(text[name].keys() == keys.keys() for name, keys in last.config.items())
+        whole = whole and not differences(there, last.config) - FREE
+    if not whole:
+        write_file(run.path / CONFIG_FILE, yaml.safe_dump(last.config, sort_keys=False))
+
+
+def check_base(
+    config: Config, digests: dict[str, tuple[int, str]], last: Checkpoint | None
+) -> None:
+    """Raise a UserError where the base's files are others than those the run was begun with."""
+    if last is None:
+        return
+    changed = [name for name, entry in last.base.items() if digests.get(name) != entry]
+    changed += [name for name in digests if name not in last.base and name.endswith(".safetensors")]
+    if changed:
+        raise UserError(
+            f"resume: {config.model.path}: {', '.join(changed)} was changed since the run was "
+            "begun; bring the files back, or choose another run.name"
+        )
 
 
 def check_shared(folder: Path) -> None:
@@ -276,11 +345,12 @@ def make_directory(config: Config, run: RunDir, partition: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    (new / "config.yaml").write_text(text, encoding="utf-8")
-    (new / "partition.json").write_text(partition)
+    write_file(new / CONFIG_FILE, text)
+    write_file(new / "partition.json", partition)
     if run.path.exists():
         run.path.rename(old)
     new.rename(run.path)
+    sync(run.path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -292,6 +362,7 @@ def _run(
     run: RunDir,
     last: Checkpoint | None,
     trackers: Trackers,
+    base: dict[str, tuple[int, str]],
 ) -> None:
     rounds, seed, clients = config.federation.rounds, config.run.seed, lesson.clients.train
     total = sum(
@@ -300,7 +371,7 @@ def _run(
         for client in choose_clients(config.federation, len(clients), seed, round)
     )
     with (
-        Saver(config, engine, run, last) as saver,
+        Saver(config, engine, run, last, base) as saver,
         Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor,
     ):
         monitor.say(_intro(config, engine, clients))
@@ -352,7 +423,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
 
 def _tell(line: str) -> None:
     if distributed.is_main():
-        print(line, flush=True)
+        print(one_line(line), flush=True)
 
 
 def _intro(config: Config, engine: Engine, clients: Sequence[Examples]) -> str:

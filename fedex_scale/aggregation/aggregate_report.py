@@ -83,6 +83,10 @@ class AggregateReport:
 
     layers: list[LayerReport] = field(default_factory=list)
     base_changed: bool = False
+    clients: list[dict[str, float]] = field(default_factory=list)
+    """Each one's update, over all layers: its norm, and its cosine to the mean of the others."""
+    outliers: list[str] = field(default_factory=list)
+    """A line on each client that stands out."""
     cap: str | None = None
     """What to know where the side adapter is full, on one line."""
 
@@ -121,6 +125,8 @@ class AggregateReport:
             "base_changed": self.base_changed,
             "side_rank": self.side_rank,
             "cap": self.cap,
+            "updates": self.clients,
+            "outliers": self.outliers,
             "largest_layer": max(
                 self.layers, key=lambda x: x.residual_norm, default=LayerReport("")
             ).layer,
@@ -132,7 +138,7 @@ class AggregateReport:
         short = ("kept", "kept_of_all", "ideal_norm", "residual_norm", "base_changed", "side_rank")
         short += ("largest_layer",)
         whole = self.as_dict()
-        notes = sorted({layer.note for layer in self.layers if layer.note})
+        notes = sorted({layer.note for layer in self.layers if layer.note}) + self.outliers
         told = {"warning": self.warning(section), "cap": self.cap, "notes": notes}
         return {k: whole[k] for k in short} | told
 

@@ -16,6 +16,7 @@ import torch
 
 from fedex_scale.aggregation.aggregate_report import AggregateReport, LayerReport
 from fedex_scale.aggregation.deviation import Deviation, measure
+from fedex_scale.aggregation.outliers import Likeness, notes
 from fedex_scale.aggregation.side import Past, grow, split
 from fedex_scale.aggregation.weights import FoldStats, Target, fold
 from fedex_scale.aggregation.whole import mean_blocks
@@ -153,11 +154,14 @@ def aggregate(
     """
     check_clients(round)
     report, stats, crossed = AggregateReport(), {}, {}
+    likeness = Likeness()
     for layer in round.layers:
         with _in_range(layer):
             target = targets[layer]
             update, clients, previous = update_of(round, method, layer, target.device, seed(layer))
             check_finite(layer, update.pair)
+            if not is_streamed(len(clients.pairs), round.rank):
+                likeness.add(clients)
             sinks.adapter(layer, update.pair)
             _send_corrections(layer, update, clients, sinks)
             if sinks.deviation is not None:
@@ -173,7 +177,15 @@ def aggregate(
     for name in like_of(round).full_weights if sinks.whole is not None else ():
         sinks.whole(name, mean_blocks(round.clients, round.weights, name))
     _add_stats(report, targets, stats, crossed)
+    report.clients = likeness.clients()
+    report.outliers = notes(report.clients, _names(round.clients))
     return report
+
+
+def _names(clients: Sequence[Adapter]) -> list[str]:
+    """Return the names of the clients' directories; with their paths if they are alike."""
+    names = [client.path.name for client in clients]
+    return names if len(set(names)) == len(names) else [str(client.path) for client in clients]
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def prepare(job: Job) -> Plan:
     """Open and check everything before anything is written."""
     base = BaseFiles(base_directory(job.base))
     check_out(job.out, apart_from=base.path)
-    adapters = [Adapter(path) for path in job.clients]
+    most = 4 * len(base.names) + 1000  # factors, whole weights and copies of what BASE has
+    adapters = [Adapter(path, most_tensors=most) for path in job.clients]
     for adapter in adapters:
         if not adapter.layers:
             raise UserError(

@@ -21,19 +21,22 @@ from fedex_scale.aggregation.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.aggregation.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.aggregation.whole import mean_blocks
-from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterWriter
+from fedex_scale.files.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterWriter,
+    target_suffixes,
+)
 from fedex_scale.files.basefiles import BaseWriter
 from fedex_scale.files.tensorfile import SafetensorsReader
 from fedex_scale.methods.algebra import LowRank, Pair
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building
 from fedex_scale.runtime.seeds import derive_seed
 
 # Of a client's adapter_config.json, what the result's takes over.
-_TAKEN_OVER = (
-    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
-    "ensure_weight_tying"
-).split()
+_TAKEN_OVER = ("modules_to_save ensure_weight_tying").split()
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:
@@ -164,6 +167,7 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
     config = plan.adapters[0].config
     settings = {key: config[key] for key in _TAKEN_OVER if config.get(key) is not None}
     settings["task_type"] = plan.task_type
+    settings["target_modules"] = _target_modules(plan)
     return AdapterWriter(
         path,
         plan.shapes,
@@ -174,6 +178,14 @@ def _open_adapter(path: Path, plan: Plan, rank: int) -> AdapterWriter:
         settings=settings,
         full_weights=plan.adapters[0].full_specs(),
     )
+
+
+def _target_modules(plan: Plan) -> list[str]:
+    """Return what lets PEFT load every layer and no other: last names, or whole ones."""
+    short = target_suffixes(plan.shapes)
+    ends = tuple(f".{name}.weight" for name in short)
+    alike = sum(name.endswith(ends) for name in plan.base.names)
+    return short if alike == len(plan.shapes) else sorted(plan.shapes)
 
 
 def _target(plan: Plan, writer: BaseWriter, layer: str) -> Target:
@@ -196,7 +208,7 @@ def _name_base(adapter: Path, job: Job, changed: bool) -> None:
     untouched = str(Path(job.base).resolve()) if Path(job.base).is_dir() else job.base
     for path in (adapter, *adapter.parent.glob("clients/*")):
         own_base = changed and path == adapter
-        config = json.loads((path / CONFIG_FILE).read_text())
+        config = door.read_json(path / CONFIG_FILE, "begin again", inside=path)
         config["base_model_name_or_path"] = (
             str(job.out.resolve() / "base") if own_base else untouched
         )
@@ -206,9 +218,12 @@ def _name_base(adapter: Path, job: Job, changed: bool) -> None:
 def _report(job: Job, plan: Plan, report: AggregateReport, seconds: float) -> dict[str, Any]:
     whole = report.as_dict()
     bases = sorted({str(x.config.get("base_model_name_or_path")) for x in plan.adapters})
-    notes = sorted({layer.note for layer in report.layers if layer.note})
+    notes = sorted({layer.note for layer in report.layers if layer.note}) + report.outliers
+    notes += _odd_clients(plan)
     if len(bases) > 1:
         notes.append(f"clients name different base models: {', '.join(bases)}")
+    elif bases[0] not in ("None", "") and Path(bases[0]).name != Path(job.base).name:
+        notes.append(f"all clients name another base model: {bases[0]}")
     if job.section.fold == "carry" and report.base_changed:
         notes.append("fold: carry has nothing to carry in a single aggregation; same as round")
     warning = report.warning(job.section)
@@ -230,6 +245,21 @@ def _report(job: Job, plan: Plan, report: AggregateReport, seconds: float) -> di
         "notes": [*([warning] if warning else []), *notes],
         **whole,
     }
+
+
+def _odd_clients(plan: Plan) -> Iterator[str]:
+    """Yield what to know of a client besides its numbers."""
+    places = [adapter.path.resolve() for adapter in plan.adapters]
+    for place in sorted(set(places)):
+        if places.count(place) > 1:
+            yield f"client {place} is listed {places.count(place)} times, and counts as often"
+    for adapter in plan.adapters:
+        missed = adapter.not_targeted()
+        if missed:
+            yield (
+                f"{adapter.path}: its target_modules name {len(adapter.layers) - len(missed)} of "
+                f"the {len(adapter.layers)} layers in its file; all of them were aggregated"
+            )
 
 
 def _progress(console: Console | None) -> Progress:

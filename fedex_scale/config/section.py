@@ -48,7 +48,7 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -95,6 +95,8 @@ def _problems(
     for found in error.errors(include_url=False):
         if found["type"] == "value_error":  # of a section within, or of values together
             lines[str(found["ctx"]["error"])] = None
+        elif not found["loc"]:  # of a key that is no text
+            lines[f"{cls.model_config.get('title') or 'config'}: {found['msg']}"] = None
         else:
             lines[_problem(cls, found["loc"][0], values, found["type"])] = None
     return lines

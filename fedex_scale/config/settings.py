@@ -51,8 +51,11 @@ class RunSection(Section, title="run"):
     """Steps of which to write a torch profiler trace, counted from 1 as the program starts."""
 
     def problems(self) -> Iterator[str]:
-        if self.name in ("", ".", "..") or "/" in self.name:
+        odd = "/" in self.name or not self.name.isprintable()
+        if self.name in ("", ".", "..") or odd:
             yield f"run.name: expected a plain name, got {shown(self.name)}; try my_run"
+        if not self.dir:
+            yield "run.dir: expected a directory, got ''; try runs"
         for tracker in self.trackers:
             if importlib.util.find_spec(tracker) is None:
                 yield f"run.trackers: {tracker} is not installed; pip install {tracker}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import yaml
 
 from fedex_scale.config.shipped import remedy
 from fedex_scale.config.words import shown
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 MAX_BYTES = 1_000_000
@@ -26,16 +25,11 @@ def read_yaml(path: Path) -> Any:
         UserError: it cannot be read, is not a regular file, is too large, or is not plain YAML.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"--config: cannot read {path} (not a regular file); name a file")
-            raw = file.read(MAX_BYTES + 1)
+        raw = door.read_bytes(path, most=MAX_BYTES)
     except OSError as error:
         raise UserError(
             f"--config: cannot read {path} ({error.strerror}); {remedy('recipes', path)}"
         ) from None
-    if len(raw) > MAX_BYTES:
-        raise UserError(f"{path}: expected at most {MAX_BYTES:,} bytes, got more; is it a config?")
     try:
         return parse_yaml(raw.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -52,11 +46,6 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _PlainLoader)
     except ValueError as error:  # a date that is none, a number of 5,000 digits
         raise yaml.YAMLError(str(error)) from None
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting for somebody to write, where it is a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _reason(error: yaml.YAMLError | UnicodeDecodeError) -> str:
@@ -85,7 +74,8 @@ class _PlainLoader(yaml.SafeLoader):
             self._refuse(event, f"expected no tag, got {shown(event.tag)}")
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
-            if len(node.value) > MAX_CHARS or "\0" in node.value:
+            half = any("\ud800" <= letter <= "\udfff" for letter in node.value)
+            if len(node.value) > MAX_CHARS or "\0" in node.value or half:
                 self._refuse(event, f"expected at most {MAX_CHARS:,} characters, and no NUL")
         elif isinstance(event, yaml.AliasEvent):  # each may hold many of the one before
             self._refuse(event, f"expected an alias of one value only, got *{event.anchor}")

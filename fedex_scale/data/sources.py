@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -137,6 +138,7 @@ def read_files(pattern: str, key: str) -> Dataset:
 
 def load(source: str, remedy: str, *args: Any, **kwargs: Any) -> Dataset:
     """Call `load_dataset`; whatever it raises is about the user's data or network."""
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come as exceptions, too
     try:
         rows = load_dataset(*args, **kwargs)
     except Exception as error:
@@ -202,6 +204,9 @@ def _found(pattern: str, key: str) -> list[str]:
             f"{key}: expected a {', '.join(SUFFIXES)} file or a hub id, got {pattern}; "
             "convert it, or name a hub dataset"
         )
+    fixed = Path(pattern.partition("**")[0])
+    if "**" in pattern and len(fixed.parts) < 2 and fixed.is_absolute():
+        raise UserError(f"{key}: expected files of a folder, got {pattern}; name one")
     files = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = sorted(file for file in files if os.path.isfile(file))
     if not files:

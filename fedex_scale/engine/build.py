@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, Optimizer
 from fedex_scale.engine import lora_model, models, whole
+from fedex_scale.engine.build_lock import naming_stale_locks
 from fedex_scale.engine.ds_config import read_ds_config, zero_stage
 from fedex_scale.engine.fused import FusedLinear, stacks_held, want_input_gradients
 from fedex_scale.engine.head import send
@@ -119,32 +120,33 @@ def build_engine(
             largest_weight=models.largest_weight(model, kind),
             quantization=model.quantization,
         )
-    base = load_base(model, dtype, device, ds_config, kind)
-    if ds_config is None and model.quantization == "none":
-        base.to(device)
-    peft_model = lora_model.add_adapters(
-        base, lora, trains=trains, kind=kind, fused=section.fused_lora
-    )
-    heads = whole.head_modules(base, kind)
-    if model.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    inner = _optimizer(optimizer, trainable, weight_decay)
-    ds_engine = None
-    if ds_config is not None:
-        import deepspeed
-
-        fused = any(isinstance(module, FusedLinear) for module in peft_model.modules())
-        if fused and zero_stage(section) == 3:
-            # One function needs all of a layer's parameters at once. DeepSpeed would take the
-            # gradients of a leaf whose input needs none before they are there.
-            want_input_gradients(peft_model)
-            deepspeed.utils.set_z3_leaf_modules(peft_model, [FusedLinear])
-        ds_engine, *_ = deepspeed.initialize(
-            model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
+    with naming_stale_locks() if ds_config is not None else nullcontext():
+        base = load_base(model, dtype, device, ds_config, kind)
+        if ds_config is None and model.quantization == "none":
+            base.to(device)
+        peft_model = lora_model.add_adapters(
+            base, lora, trains=trains, kind=kind, fused=section.fused_lora
         )
-        inner = ds_engine.basic_optimizer
+        heads = whole.head_modules(base, kind)
+        if model.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        trainable = [p for p in peft_model.parameters() if p.requires_grad]
+        inner = _optimizer(optimizer, trainable, weight_decay)
+        ds_engine = None
+        if ds_config is not None:
+            import deepspeed
+
+            fused = any(isinstance(module, FusedLinear) for module in peft_model.modules())
+            if fused and zero_stage(section) == 3:
+                # One function needs all of a layer's parameters at once. DeepSpeed would take the
+                # gradients of a leaf whose input needs none before they are there.
+                want_input_gradients(peft_model)
+                deepspeed.utils.set_z3_leaf_modules(peft_model, [FusedLinear])
+            ds_engine, *_ = deepspeed.initialize(
+                model=peft_model, optimizer=inner, config=ds_config, dist_init_required=False
+            )
+            inner = ds_engine.basic_optimizer
     engine = Engine(
         model=peft_model,
         layers=lora_model.lora_layers(peft_model),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import torch
 from fedex_scale.config.learning import EngineSection
 from fedex_scale.config.shipped import locate, remedy
 from fedex_scale.config.words import shown
-from fedex_scale.runtime import distributed
+from fedex_scale.files import kinds
+from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.errors import UserError
 
 
@@ -97,16 +97,16 @@ def read_settings(given: str | None) -> dict[str, Any] | None:
         return None
     path = locate("ds_configs", given, "engine.deepspeed")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = door.read_json(path, "correct it", most=2**20)
     except OSError as error:
         raise UserError(
             f"engine.deepspeed: cannot read {given} ({error.strerror}); "
             f"{remedy('ds_configs', given)}"
         ) from None
-    except ValueError as error:
-        raise UserError(f"engine.deepspeed: {given} is not valid JSON ({error})") from None
     if not isinstance(settings, dict):
         raise UserError(f"engine.deepspeed: {given}: expected an object, got {shown(settings)}")
+    what = f"engine.deepspeed: {given}"
+    kinds.check(kinds.DeepSpeedFile, settings, what, "see ds_configs/README.md")
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -23,12 +24,15 @@ from transformers import (
 
 from fedex_scale.config.learning import ModelSection
 from fedex_scale.engine import whole
+from fedex_scale.files.basefiles import base_directory
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.tasks.interface import CAUSAL, ModelKind
 
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "model_configs"
+_DIGESTED = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
@@ -61,6 +65,29 @@ def load_tokenizer(section: ModelSection, *, writes: bool = True) -> PreTrainedT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def digests(section: ModelSection) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of the files that a model and its tokenizer are made of, by name.
+
+    None of random weights. Some 2 s of a core for a GB, in a thread while the model loads.
+    """
+    if section.random or section.config:
+        return {}
+    try:
+        folder, found = base_directory(section.path, section.revision), {}
+    except UserError:  # loading it says what is wrong, or had it from elsewhere
+        return {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix not in _DIGESTED or not path.is_file():
+            continue
+        digest, size, block = hashlib.sha256(), 0, bytearray(2**22)
+        with door.opened(path) as file:
+            while count := file.readinto(block):
+                digest.update(memoryview(block)[:count])
+                size += count
+        found[path.name] = (size, digest.hexdigest())
+    return found
 
 
 def check_packing(section: ModelSection) -> None:
@@ -165,15 +192,16 @@ def _plain_config(section: ModelSection, *, offline: bool) -> PretrainedConfig:
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
     path = CONFIGS / f"{file}.json" if file in names else Path(file)
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    if path.exists():
+        door.read_json(path, "correct it", most=2**24)
+    else:
         raise UserError(
             f"model.config: expected a config.json or one of {', '.join(names)}, got {file}"
         )
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.config: cannot read {path}: {reason}") from None
+    except Exception as error:  # whatever transformers makes of settings that contradict
+        raise UserError(f"model.config: cannot read {path}: {_reason(error)}") from None
 
 
 def known_models() -> dict[str, str]:
@@ -224,11 +252,14 @@ def _load(cls: type, section: ModelSection, **options):
     """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
     path = Path(section.path)
     local = path.exists() or section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
-    if local and not (path / "config.json").is_file():
+    if local and not (path / "config.json").exists():
         raise UserError(
             f"model.path: expected a model directory or a hub id, got {section.path}, "
             "which has no config.json; correct the path (make model fetches the quickstart's)"
         )
+    if local:
+        door.check_directory(path)
+        door.read_json(path / "config.json", "fetch the model again", most=2**24)
     try:
         return cls.from_pretrained(
             section.path,
@@ -236,6 +267,13 @@ def _load(cls: type, section: ModelSection, **options):
             trust_remote_code=section.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: cannot load {section.path}: {reason}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of settings that contradict
+        raise UserError(f"model.path: cannot load {section.path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, and its kind where that tells more than its words."""
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"

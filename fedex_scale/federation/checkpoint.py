@@ -22,14 +22,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedex_scale.config.words import shown
 from fedex_scale.federation.state import Place
+from fedex_scale.files import kinds
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import sync
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _BLOCK = 2**20
-_MAX_MANIFEST_BYTES = 2**26
+_KEPT = ("clients/", "evaluations/")  # files of rounds that are over do not change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,9 @@ class Checkpoint:
         config: the resolved config, as plain data.
         world_size: ranks that wrote it.
         metrics_bytes: length of metrics.jsonl at this place.
-        boundary_bytes: the same where the running client had not begun.
+        metrics_sha256: of so much of it.
+        boundary_bytes: its length where the running client had not begun.
+        base: size and SHA-256 of the base model's files, by name; none of random weights.
         files: size and SHA-256 of every file that it relies on, by path in the run directory.
     """
 
@@ -50,6 +56,8 @@ class Checkpoint:
     world_size: int
     metrics_bytes: int
     boundary_bytes: int
+    metrics_sha256: str = ""
+    base: dict[str, tuple[int, str]] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def without_running(self) -> Checkpoint:
@@ -69,13 +77,15 @@ def publish(run: RunDir, scratch: Path, checkpoint: Checkpoint, known: dict) -> 
     """
     own = {path: path.relative_to(scratch) for path in _files_under([scratch])}
     final = run.checkpoint(checkpoint.number)
-    files = {}
+    files = {name: entry for name, entry in known.items() if name.startswith(_KEPT)}
     for path in _files_under(folders_of(run, checkpoint.place)):
         name = str(path.relative_to(run.path))
         files[name] = known.get(name) or entry_of(path)
     for path, name in own.items():
         files[str((final / name).relative_to(run.path))] = entry_of(path)
-    complete = replace(checkpoint, files=files)
+    length = checkpoint.metrics_bytes
+    digest = digest_of(run.metrics, length) if length else ""
+    complete = replace(checkpoint, files=files, metrics_sha256=digest)
     _write_manifest(scratch / MANIFEST, complete)
     if final.exists():
         shutil.rmtree(final)
@@ -86,20 +96,11 @@ def publish(run: RunDir, scratch: Path, checkpoint: Checkpoint, known: dict) -> 
 
 def prune(run: RunDir, newest: Checkpoint, *, keep: int) -> None:
     """Remove all but the newest `keep`, once the newest has been read back."""
-    read(run, newest.number, deep=False)
+    problems = damaged(run, read(run, newest.number), deep=False)
+    if problems:
+        raise UserError(next(iter(problems.values())))
     for number in numbers(run)[:-keep]:
         shutil.rmtree(run.checkpoint(number))
-
-
-def newest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that verifies, and what is wrong with newer ones."""
-    problems = []
-    for number in reversed(numbers(run)):
-        try:
-            return read(run, number, deep=True), problems
-        except UserError as error:
-            problems.append(str(error))
-    return None, problems
 
 
 def numbers(run: RunDir) -> list[int]:
@@ -110,31 +111,56 @@ def numbers(run: RunDir) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def read(run: RunDir, number: int, *, deep: bool) -> Checkpoint:
-    """Return a checkpoint whose files are there and of the right size.
-
-    Args:
-        deep: read the files, and compare their SHA-256 as well.
+def read(run: RunDir, number: int) -> Checkpoint:
+    """Return a checkpoint's manifest.
 
     Raises:
         UserError: it is damaged; the message names the file.
     """
     path = run.checkpoint(number) / MANIFEST
     try:
-        checkpoint = _read_manifest(path, number)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return _read_manifest(path, number)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
+
+
+def damaged(run: RunDir, checkpoint: Checkpoint, *, deep: bool) -> dict[str, str]:
+    """Return what is wrong with the files that a checkpoint lists, by their names.
+
+    Args:
+        deep: read the files, and compare their SHA-256 as well.
+    """
+    found = {}
     for name, (size, digest) in checkpoint.files.items():
         file = run.path / name
         try:
-            found = file.stat().st_size
-            if found != size:
-                raise UserError(f"{file}: damaged: expected {size} bytes, got {found}")
-            if deep and entry_of(file)[1] != digest:
-                raise UserError(f"{file}: damaged: its SHA-256 is another one")
+            with door.opened(file, inside=run.path) as opened:
+                there = os.fstat(opened.fileno()).st_size
+            if there != size:
+                found[name] = f"{file}: damaged: expected {size} bytes, got {there}"
+            elif deep and entry_of(file)[1] != digest:
+                found[name] = f"{file}: damaged: its SHA-256 is another one"
         except OSError as error:
-            raise UserError(f"{file}: damaged: {error.strerror}") from None
-    return checkpoint
+            found[name] = f"{file}: damaged: {error.strerror}"
+        except UserError as error:
+            found[name] = f"{file}: damaged: {error}"
+    length = checkpoint.metrics_bytes
+    if deep and length and digest_of(run.metrics, length) != checkpoint.metrics_sha256:
+        found["metrics.jsonl"] = f"{run.metrics}: damaged: its first {length:,} bytes are others"
+    return found
+
+
+def digest_of(path: Path, length: int) -> str:
+    """Return the SHA-256 of a file's beginning; of nothing, where it is not there."""
+    digest = hashlib.sha256()
+    try:
+        with door.opened(path, inside=path.parent) as file:
+            while length > 0 and (block := file.read(min(length, _BLOCK))):
+                digest.update(block)
+                length -= len(block)
+    except OSError:
+        pass
+    return digest.hexdigest() if length == 0 else ""
 
 
 def rewind(run: RunDir, checkpoint: Checkpoint) -> None:
@@ -149,6 +175,9 @@ def rewind(run: RunDir, checkpoint: Checkpoint) -> None:
     after += [x for x in run.server(0).parent.glob("round-*") if x > run.server(place.state.round)]
     running = run.client(place.state.round + 1, 0).parent
     after += [x for x in running.parent.glob("round-*") if x > running]
+    last = place.state.round if place.evaluated else place.state.round - 1
+    scored = run.evaluation(0).parent.glob("round-*")
+    after += [x for x in scored if x > run.evaluation(max(last, 0)) or last < 0]
     done = [run.client(place.state.round + 1, client) for client in place.done]
     after += [x for x in running.glob("*") if x not in done]
     for folder in after:
@@ -167,27 +196,20 @@ def folders_of(run: RunDir, place: Place) -> list[Path]:
     if place.state.base_changed:
         folders += [run.client(round, 0).parent for round in rounds]
     folders += [run.client(place.state.round + 1, client) for client in place.done]
+    folders += [run.evaluation(place.state.round)] * place.evaluated
+    folders += [run.final] * place.finished
     return [run.path / "partition.json", *folders]
 
 
 def entry_of(path: Path) -> tuple[int, str]:
     """Return a file's size and SHA-256, once it is on disk."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with door.opened(path, inside=path.parent) as file:
         os.fsync(file.fileno())
         while block := file.read(_BLOCK):
             digest.update(block)
             size += len(block)
     return size, digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Let a file's bytes, or a directory's names, reach the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _files_under(folders: Iterable[Path]) -> list[Path]:
@@ -208,7 +230,9 @@ def _write_manifest(path: Path, checkpoint: Checkpoint) -> None:
         "place": checkpoint.place.as_dict(),
         "world_size": checkpoint.world_size,
         "metrics_bytes": checkpoint.metrics_bytes,
+        "metrics_sha256": checkpoint.metrics_sha256,
         "boundary_bytes": checkpoint.boundary_bytes,
+        "base": checkpoint.base,
         "config": checkpoint.config,
         "config_sha256": _digest(checkpoint.config),
         "files": checkpoint.files,
@@ -220,21 +244,22 @@ def _write_manifest(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _read_manifest(path: Path, number: int) -> Checkpoint:
-    if not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise ValueError("no manifest")
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    if tree.pop("sha256") != _digest(tree):
+    tree = door.parse_json(door.read_bytes(path, inside=path.parent))
+    if not isinstance(tree, dict) or tree.pop("sha256", None) != _digest(tree):
         raise ValueError("its SHA-256 is another one")
-    if tree["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, got {tree['format']}")
+    if tree.get("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {shown(tree.get('format'))}")
+    found = kinds.check(kinds.Manifest, tree | {"sha256": ""}, path, "take another checkpoint")
     return Checkpoint(
         number=number,
         place=Place.from_dict(tree["place"]),
         config=tree["config"],
         world_size=tree["world_size"],
         metrics_bytes=tree["metrics_bytes"],
+        metrics_sha256=found.metrics_sha256,
         boundary_bytes=tree["boundary_bytes"],
-        files={name: (size, digest) for name, (size, digest) in tree["files"].items()},
+        base=found.base,
+        files=found.files,
     )
 
 

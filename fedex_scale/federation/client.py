@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import transformers
@@ -27,6 +27,7 @@ from fedex_scale.engine.build import (
 from fedex_scale.federation.facts import open_adapter
 from fedex_scale.federation.history import History
 from fedex_scale.federation.state import ClientProgress, ServerState
+from fedex_scale.files import kinds
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import Pair
@@ -199,7 +200,10 @@ def write_client(
 
 def read_update(directory: Path) -> ClientUpdate:
     """Return what `write_client` wrote beside the adapter."""
-    return ClientUpdate(**json.loads((directory / CLIENT_FILE).read_text()))
+    found = kinds.read(kinds.ClientFile, directory / CLIENT_FILE)
+    return ClientUpdate(
+        **{field.name: getattr(found, field.name) for field in fields(ClientUpdate)}
+    )
 
 
 def write_adapter(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fedex_scale.aggregation.weights import Target, fold
+from fedex_scale.config.learning import ModelSection
 from fedex_scale.config.settings import Config
 from fedex_scale.engine.build import Engine, Source, read_base_weight, set_single
 from fedex_scale.federation.client import show
@@ -263,7 +262,7 @@ def export_run(
     check_out(out, apart_from=directory if merged else None)
     if merged:
         return _export_merged(model, parts, out, dtype, last, on_layer)
-    return _export_adapter(model["path"], parts, out, rank, last, on_layer)
+    return _export_adapter(model.path, parts, out, rank, last, on_layer)
 
 
 def _export_adapter(
@@ -307,14 +306,14 @@ def _export_adapter(
 
 
 def _export_merged(
-    model: dict,
+    model: ModelSection,
     parts: list[Adapter],
     out: Path,
     dtype: str | None,
     rounds: int,
     on_layer: Callable[[str], None],
 ) -> Exported:
-    base = BaseFiles(base_directory(model["path"], model.get("revision")))
+    base = BaseFiles(base_directory(model.path, model.revision))
     check_out(out, apart_from=base.path)
     server = parts[0]
     if server.full_weights:
@@ -402,22 +401,15 @@ def _rounds_without_factors(run: RunDir, last: int) -> list[int]:
     """Return the rounds that changed more than the adapter, but kept no factors of the change."""
     missing = []
     for number in range(1, last + 1):
-        report = run.server(number) / "aggregate.json"
-        has_factors = run.residual(number).exists() or not report.exists()
-        if not has_factors and json.loads(report.read_text())["residual_norm"] > 0:
+        has_factors = run.residual(number).exists()
+        if not has_factors and run.round(number).residual_norm > 0:
             missing.append(number)
     return missing
 
 
-def _read_run(run: RunDir) -> tuple[dict, int]:
+def _read_run(run: RunDir) -> tuple[ModelSection, int]:
     """Return the model section of a run's config, and its last round."""
-    try:
-        model = yaml.safe_load((run.path / "config.yaml").read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise UserError(f"{run.path}: expected a run directory with a config.yaml") from None
-    last = 0
-    while (run.server(last + 1) / "aggregate.json").is_file():
-        last += 1
+    model, last = run.config().model, run.rounds_done()
     if last == 0:
         raise UserError(f"{run.path}: expected a run with a finished round, found none")
     return model, last

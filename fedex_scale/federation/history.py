@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from fedex_scale.aggregation.side import Past
 from fedex_scale.files.adapters import Adapter
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.kinds import LayerEntry
+from fedex_scale.files.run_dir import REPORT_FILE, RunDir
 from fedex_scale.methods.algebra import LowRank, Pair, Pieces, stack
-
-REPORT_FILE = "aggregate.json"
+from fedex_scale.runtime.errors import UserError
 
 Again = Callable[[int, str], Iterable[LowRank]]
 """Computes a round's residual of a layer once more, from its clients' adapters."""
@@ -27,19 +26,19 @@ class History:
 
     def __init__(self, run: RunDir, last: int, again: Again | None = None) -> None:
         self._run, self._last, self._again = run, last, again
-        self._reports: dict[int, dict[str, dict]] = {}
+        self._reports: dict[int, dict[str, LayerEntry]] = {}
         self._adapters: dict[tuple[str, int], Adapter | None] = {}
 
     def past(self, layer: str, device: torch.device) -> Past:
         """Return what is known of a layer, its factors on the given device."""
         if not self._last:
             return Past()
-        entry = self._report(self._last)[layer]
+        entry = self._report(self._last, layer)
         return Past(
             residuals=Pieces(lambda: self._residuals(layer, device)),
             seen=[LowRank(*(x.to(device) for x in part)) for part in self._parts(layer)],
-            sum_norm=entry["sum_norm"],
-            unseen_norm=entry["unseen_norm"],
+            sum_norm=entry.sum_norm,
+            unseen_norm=entry.unseen_norm,
         )
 
     def side(self, layer: str) -> Pair:
@@ -49,13 +48,16 @@ class History:
 
     def side_rank(self, layer: str) -> int:
         """Return how many columns `side` has."""
-        return max(1, self._report(self._last)[layer]["side_rank"])
+        return max(1, self._report(self._last, layer).side_rank)
 
-    def _report(self, number: int) -> dict[str, dict]:
+    def _report(self, number: int, layer: str) -> LayerEntry:
         if number not in self._reports:
-            tree = json.loads((self._run.server(number) / REPORT_FILE).read_text())
-            self._reports[number] = {entry["layer"]: entry for entry in tree["layers"]}
-        return self._reports[number]
+            layers = self._run.round(number).layers
+            self._reports[number] = {entry.layer: entry for entry in layers}
+        if layer not in self._reports[number]:
+            file = self._run.server(number) / REPORT_FILE
+            raise UserError(f"{file}: expected layer {layer}, got none; restore this file")
+        return self._reports[number][layer]
 
     def _residuals(self, layer: str, device: torch.device) -> Iterator[LowRank]:
         for number in range(1, self._last + 1):
@@ -71,11 +73,11 @@ class History:
         """Return what the rounds gave the side adapter since it began, in their order."""
         parts = []
         for number in range(self._last, 0, -1):
-            entry = self._report(number)[layer]
-            part = self._part(number, layer) if entry["side_rank"] else None
+            entry = self._report(number, layer)
+            part = self._part(number, layer) if entry.side_rank else None
             if part is not None and part.U_OP.any():
                 parts.append(part)
-            if entry["side_starts"]:
+            if entry.side_starts:
                 break
         return parts[::-1]
 

@@ -24,6 +24,7 @@ from fedex_scale.engine.build import Engine, Source
 from fedex_scale.federation import checkpoint
 from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import ClientUpdate, take_factors, write_adapter, write_client
+from fedex_scale.federation.salvage import salvaged
 from fedex_scale.federation.snapshot import read_snapshot, snapshot_bytes, write_snapshot
 from fedex_scale.federation.state import ClientProgress, Place
 from fedex_scale.files.adapters import Adapter
@@ -60,8 +61,8 @@ def find(config: Config, run: RunDir) -> Found:
     Raises:
         UserError: nothing there can be gone on from, or the config is another one.
     """
-    found, problems = checkpoint.newest(run)
-    notes = [f"{problem}; taking the checkpoint before it" for problem in problems]
+    found, problems, notes = _newest(run)
+    notes = [*(f"{problem}; taking the checkpoint before it" for problem in problems), *notes]
     if found is None:
         untouched = not problems and not (run.path / "clients").exists()
         is_run = (run.path / "config.yaml").is_file()
@@ -92,6 +93,19 @@ def find(config: Config, run: RunDir) -> Found:
     return Found(found, tuple(notes))
 
 
+def _newest(run: RunDir) -> tuple[Checkpoint | None, list[str], list[str]]:
+    """Return the newest place that stands, why none of newer checkpoints, and what it leaves."""
+    problems = []
+    for number in reversed(checkpoint.numbers(run)):
+        try:
+            found = checkpoint.read(run, number)
+            place, notes = salvaged(run, found, checkpoint.damaged(run, found, deep=True))
+            return place, problems, notes
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems, []
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:
     """Return the keys, as section.key, whose values differ."""
     changed = set()
@@ -109,12 +123,24 @@ class Saver:
 
     Leaving the `with` block waits for what is still being written.
 
+    Args:
+        last: where the run goes on; none: it begins.
+        base: size and SHA-256 of the base's files, which every checkpoint notes.
+
     Attributes:
         place: the last one that was saved, or is being saved; None at the beginning.
     """
 
-    def __init__(self, config: Config, engine: Engine, run: RunDir, last: Checkpoint | None):
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        run: RunDir,
+        last: Checkpoint | None,
+        base: dict[str, tuple[int, str]] | None = None,
+    ) -> None:
         self._config, self._engine, self._run, self._last = config, engine, run, last
+        self._base = base or {}
         self.place = last.place if last else None
         self._thread, self._may_begin = ThreadPoolExecutor(max_workers=1), Event()
         self._behind: Callable[[], Checkpoint] | None = None
@@ -296,6 +322,7 @@ class Saver:
             world_size=distributed.world_size(),
             metrics_bytes=length,
             boundary_bytes=last.boundary_bytes if begun else length,
+            base=self._base,
         )
         with faults.disk_errors(str(scratch)):
             new = checkpoint.publish(run, scratch, new, last.files if last else {})

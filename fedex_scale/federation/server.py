@@ -26,10 +26,10 @@ from fedex_scale.aggregation.screening import screen
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.settings import Config
 from fedex_scale.federation.facts import Facts, open_adapter
-from fedex_scale.federation.history import REPORT_FILE, History
+from fedex_scale.federation.history import History
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter, AdapterWriter, PartWriter
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.run_dir import REPORT_FILE, RunDir
 from fedex_scale.methods.algebra import LowRank, Pair
 from fedex_scale.methods.interface import fresh_pair
 from fedex_scale.runtime import distributed
@@ -211,8 +211,8 @@ def _task(
 
 def _taken(run: RunDir, number: int) -> tuple[list[int], list[float]]:
     """Return the clients of a round that is done, and their weights."""
-    tree = json.loads((run.server(number) / REPORT_FILE).read_text())
-    return tree["clients"], tree["weights"]
+    done = run.round(number)
+    return done.clients, done.weights
 
 
 def _fresh_seed(config: Config, number: int, layer: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedex_scale.engine.build import Engine
 from fedex_scale.files.tensorfile import SafetensorsReader, SafetensorsWriter
+from fedex_scale.runtime import door
 
 _ZERO3_MASTERS = "fp32_partitioned_groups_flat"
 
@@ -30,7 +31,7 @@ def read_snapshot(engine: Engine, path: Path) -> None:
     """Set this rank's optimizer state and random states as they were written."""
     file = SafetensorsReader(path)
     tensors = {name: file.read(name) for name in file.entries}
-    numbers = json.loads(file.metadata["numbers"])
+    numbers = door.parse_json(file.metadata["numbers"])
     for i, parameter in enumerate(_masters(engine)):
         prefix = f"{i}."
         state = {

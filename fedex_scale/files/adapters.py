@@ -7,7 +7,6 @@ adapter, a round's residual factors (as an adapter of scaling 1) and the side ad
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedex_scale.files.patterns import Matcher
 from fedex_scale.files.peft_config import CONFIG_FILE, read_config
-from fedex_scale.files.tensorfile import SafetensorsReader, SafetensorsWriter, TrimmedWriter
+from fedex_scale.files.tensorfile import (
+    MAX_TENSORS,
+    SafetensorsReader,
+    SafetensorsWriter,
+    TrimmedWriter,
+)
 from fedex_scale.methods.algebra import LowRank, Pair, align, lora_scaling, stack
 from fedex_scale.runtime.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PREFIX = "base_model.model."
 
 
@@ -39,16 +45,20 @@ class Adapter:
         base_copies: names, in the file, of weights of the base itself, and what the base calls
             them: PEFT saves that of an adapted output layer beside its factors.
 
+    Args:
+        most_tensors: that its file may hold.
+
     Raises:
         UserError: the directory, its config or its weights cannot be used; the message names it.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, most_tensors: int = MAX_TENSORS) -> None:
         self.path = Path(directory)
         self.config = read_config(self.path)
         self.scaling = self._scaling(self.config["r"], self.config["lora_alpha"])
+        self._matcher, self._ranks = Matcher(self.path / CONFIG_FILE), dict[str, int]()
         try:
-            self.file = SafetensorsReader(self.path / WEIGHTS_FILE)
+            self.file = SafetensorsReader(self.path / WEIGHTS_FILE, most_tensors=most_tensors)
         except OSError:
             raise UserError(
                 f"{self.path}: expected {WEIGHTS_FILE}, found none; save the adapter as safetensors"
@@ -92,14 +102,48 @@ class Adapter:
                 f"{self.path}, layer {layer}: expected matrices of rank {rank}, got shapes "
                 f"{A} and {B}; only linear layers can be aggregated"
             )
+        if not (B[0] and A[1]):
+            raise UserError(f"{self.path}, layer {layer}: expected numbers, got shapes {A} and {B}")
         return B[0], A[1]
 
     def rank_of(self, layer: str) -> int:
-        return _by_pattern(self.config.get("rank_pattern"), layer, self.config["r"])
+        if layer not in self._ranks:
+            pattern = self.config.get("rank_pattern")
+            self._ranks[layer] = self._matcher.first(pattern, layer, self.config["r"])
+        return self._ranks[layer]
+
+    def alpha_of(self, layer: str) -> float:
+        pattern = self.config.get("alpha_pattern")
+        return self._matcher.first(pattern, layer, self.config["lora_alpha"])
+
+    def not_targeted(self) -> list[str]:
+        """Return layers that the file holds, but that PEFT would not load by the config."""
+        wanted = self.config.get("target_modules")
+        found = self._matcher.targets([] if wanted is None else wanted, self.layers)
+        left_out = self.config.get("exclude_modules")
+        if left_out:
+            excluded = set(self._matcher.targets(left_out, found))
+            found = [layer for layer in found if layer not in excluded]
+        numbers = self.config.get("layers_to_transform")
+        if numbers is not None:
+            numbers = {numbers} if isinstance(numbers, int) else set(numbers)
+            found = [layer for layer in found if self._number_of(layer) in numbers]
+        there = set(found)
+        return [layer for layer in self.layers if layer not in there]
+
+    def _number_of(self, layer: str) -> int | None:
+        """Return which of the model's layers a module lies in, as PEFT reads its name."""
+        blocks = self.config.get("layers_pattern") or ()
+        blocks = {blocks} if isinstance(blocks, str) else set(blocks)
+        parts = layer.split(".")
+        for place in range(len(parts) - 2, 0, -1):
+            if parts[place].isdecimal() and (not blocks or parts[place - 1] in blocks):
+                return int(parts[place])
+        return None
 
     def scaling_of(self, layer: str) -> float:
         """Return what B A of one layer is multiplied by."""
-        alpha = _by_pattern(self.config.get("alpha_pattern"), layer, self.config["lora_alpha"])
+        alpha = self.alpha_of(layer)
         return self._scaling(self.rank_of(layer), alpha)
 
     def _scaling(self, rank: int, alpha: float) -> float:
@@ -114,7 +158,14 @@ class Adapter:
             ) from None
 
     def _layer_names(self) -> Iterator[str]:
-        names = [name for name in self.file.entries if name.startswith(_PREFIX)]
+        entries = self.file.entries
+        names = [name for name in entries if name.startswith(_PREFIX)]
+        for name in names:
+            if ".lora_" in name and entries[name].dtype not in _FLOATS:
+                raise UserError(
+                    f"{self.path}, {name}: expected float32, float16, bfloat16 or float64, got "
+                    f"{str(entries[name].dtype).removeprefix('torch.')}; save the adapter so"
+                )
         As, Bs = (
             [name[len(_PREFIX) : -len(end)] for name in names if name.endswith(end)]
             for end in (".lora_A.weight", ".lora_B.weight")
@@ -395,11 +446,3 @@ def target_suffixes(layers: Mapping[str, object] | Sequence[str]) -> list[str]:
 
 def _key(layer: str, factor: str) -> str:
     return f"{_PREFIX}{layer}.lora_{factor}.weight"
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """Return the value of the first key that matches the end of a layer's name, as PEFT does."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", layer):
-            return value
-    return default

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedex_scale.files.tensorfile import SafetensorsReader, SafetensorsWriter
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _NOT_COPIED = shutil.ignore_patterns(
 )
 # Architectures whose layers are Conv1D, stored as (I, O).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_MAX_JSON_BYTES = 2**24
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -238,17 +240,31 @@ class BaseWriter:
 
     def finish(self) -> None:
         """Copy what was not written, and all other files of the base but stale weights."""
-        shutil.copytree(self.base.path, self.out, ignore=_NOT_COPIED, dirs_exist_ok=True)
+        self._copy_rest(self.base.path)
         for file, reader in self.base.files.items():
             if file not in self._writers and self._dtype is None:
-                shutil.copyfile(reader.path, self.out / file)
-                self._on_bytes(reader.path.stat().st_size)
+                size = door.copy_file(reader.path, self.out / file, inside=self.base.path)
+                self._on_bytes(size)
                 continue
             with self._writers.pop(file, None) or self._open(file) as writer:
                 for name in sorted(writer.missing, key=lambda n: reader.entries[n].start):
                     writer.write_blocks(name, self._counted(reader.blocks(name)))
         if self._dtype is not None:
             self._note_dtype()
+
+    def _copy_rest(self, folder: Path) -> None:
+        """Copy files that are no weights, and the directories that hold them; no link out."""
+        to = self.out / folder.relative_to(self.base.path)
+        to.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in sorted(folder.iterdir())]
+        for name in names:
+            path = folder / name
+            if name in _NOT_COPIED(str(folder), names) or (path.is_symlink() and path.is_dir()):
+                continue
+            if path.is_dir():
+                self._copy_rest(path)
+            else:
+                door.copy_file(path, to / name, inside=self.base.path)
 
     def discard(self) -> None:
         """Delete what was written: nothing changed after all."""
@@ -316,14 +332,13 @@ def _is_file_name(value: object) -> bool:
 
 
 def _read_json(file: Path) -> Mapping:
+    remedy = "fetch the model again"
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = door.read_json(file, remedy, most=_MAX_JSON_BYTES, inside=file.parent)
     except OSError:
         raise UserError(
             f"{file.parent}: expected a model directory, found no {file.name}"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); fetch the model again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected settings by name, got {value!r:.80}")
     return value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
+from fedex_scale.files import kinds
+from fedex_scale.files.patterns import Matcher
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -17,27 +18,27 @@ _REFUSED = (
 _MAX_BYTES = 2**20
 # Initial values for which PEFT changes the base weights as it loads an adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_TASKS = ("CAUSAL_LM SEQ_CLS SEQ_2_SEQ_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION").split()
 
 
 def read_config(path: Path) -> dict:
     """Return the settings of an adapter directory, or raise a UserError that names it."""
-    file = path / CONFIG_FILE
+    file, remedy = path / CONFIG_FILE, "save the adapter again"
     try:
-        if file.exists() and (not file.is_file() or file.stat().st_size > _MAX_BYTES):
-            raise ValueError(f"not a file of at most {_MAX_BYTES} bytes")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = door.read_json(file, remedy, most=_MAX_BYTES, inside=path)
     except OSError:
         raise UserError(
             f"{path}: expected a PEFT adapter directory, found no {CONFIG_FILE}"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
-    _check_numbers(config, file)
-    task = config.get("task_type")
-    if task is not None and not (isinstance(task, str) and task.isidentifier()):
-        raise UserError(f"{file}: task_type: expected a name or null, got {task!r:.80}")
+    known = kinds.check(kinds.AdapterConfig, config, file, remedy)
+    task = known.task_type
+    if task is not None and task not in _TASKS:
+        raise UserError(
+            f"{file}: task_type: expected null or one of {', '.join(_TASKS)}, got {task!r:.80}; "
+            "correct it"
+        )
     refused = {key: config.get(key) for key in _REFUSED if config.get(key)}
     if config.get("bias") not in (None, "none"):
         refused["bias"] = config["bias"]
@@ -49,38 +50,7 @@ def read_config(path: Path) -> dict:
             f"{file}: {key}: expected plain LoRA, got {value!r:.80}, which cannot be aggregated; "
             "train without it"
         )
+    matcher = Matcher(file)
+    matcher.check([*(known.rank_pattern or ()), *(known.alpha_pattern or ())])
+    matcher.check([x for x in (known.target_modules, known.exclude_modules) if isinstance(x, str)])
     return config
-
-
-def _check_numbers(config: dict, file: Path) -> None:
-    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise UserError(f"{file}: expected rank_pattern and alpha_pattern by layer, got {patterns}")
-    for key in (key for pattern in patterns for key in pattern):
-        if not _is_simple(key):
-            raise UserError(
-                f"{file}: expected the names of layers in rank_pattern and alpha_pattern, got "
-                f"{key!r:.80}; name each layer"
-            )
-    for rank in (config.get("r"), *patterns[0].values()):
-        for alpha in (config.get("lora_alpha"), *patterns[1].values()):
-            positive = isinstance(alpha, (int, float)) and 0 < alpha < 1e30
-            if type(rank) is not int or not 0 < rank < 2**31 or not positive:
-                raise UserError(
-                    f"{file}: expected r >= 1 and a positive lora_alpha, got {rank}, {alpha}"
-                )
-
-
-def _is_simple(pattern: str) -> bool:
-    """Return whether a regular expression from someone else is valid and soon matched.
-
-    Repetitions of repetitions, or many of them, could take for ever.
-    """
-    repetitions = len(re.findall(r"[*+?{]", pattern))
-    if len(pattern) > 500 or repetitions > 2 or re.search(r"\)[*+?{]", pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True

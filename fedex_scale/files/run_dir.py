@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedex_scale.config.load import load_config
+from fedex_scale.config.settings import Config
+from fedex_scale.files import kinds
+from fedex_scale.runtime.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+REPORT_FILE = "aggregate.json"
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,31 @@ class RunDir:
     def server(self, round: int) -> Path:
         """What a round made: adapter/, residual/, side/ (its new columns), aggregate.json."""
         return self.path / "server" / f"round-{round:04d}"
+
+    def round(self, number: int) -> kinds.RoundFile:
+        """Return what a round did, as its report says."""
+        return kinds.read(kinds.RoundFile, self.server(number) / REPORT_FILE)
+
+    def rounds_done(self) -> int:
+        """Return how many rounds left a report, one after another."""
+        last = 0
+        while (self.server(last + 1) / REPORT_FILE).is_file():
+            last += 1
+        return last
+
+    def config(self) -> Config:
+        """Return the settings, checked as when the run began.
+
+        Raises:
+            UserError: this is no run, or it has no settings that a run could have had.
+        """
+        file = self.path / CONFIG_FILE
+        if not file.exists():
+            raise UserError(
+                f"{self.path}: expected a run directory with its {CONFIG_FILE}, found none; name a "
+                "directory that fedex-scale run made, such as runs/quickstart"
+            )
+        return load_config(file)
 
     def adapter(self, round: int) -> Path:
         return self.server(round) / "adapter"
@@ -49,5 +81,4 @@ class RunDir:
 
     def base_changed(self) -> bool:
         """Tell whether a fold changed the base, as the rounds' reports say."""
-        reports = sorted(self.path.glob("server/round-*/aggregate.json"))
-        return any(json.loads(file.read_text())["base_changed"] for file in reports)
+        return any(self.round(number).base_changed for number in range(1, self.rounds_done() + 1))

@@ -12,11 +12,12 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 DTYPES = {
@@ -39,7 +40,9 @@ DTYPES = {
 BLOCK_BYTES = 2**23
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FORMAT = {"format": "pt"}  # as PyTorch's own
-_MAX_HEADER_BYTES = 2**24  # of some 100,000 tensors
+MAX_TENSORS = 100_000
+MAX_NAME = 1000
+_MAX_HEADER_BYTES = 2**24
 
 
 class Entry(NamedTuple):
@@ -54,14 +57,22 @@ class Entry(NamedTuple):
 class SafetensorsReader:
     """A safetensors file of which just the header is read at first; never left open.
 
+    Args:
+        most_tensors: more of them are refused before their names are read.
+
     Raises:
+        OSError: it is not there, or may not be read.
         UserError: the file is damaged: cut short, or its header contradicts itself.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, most_tensors: int = MAX_TENSORS) -> None:
         self.path = path
         try:
-            self.metadata, self.entries = _read_header(path)
+            with door.opened(path, inside=path.parent) as file:
+                self._identity = _identity(file)
+                self.metadata, self.entries = _read_header(file, most_tensors)
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: damaged ({str(error)[:200]}); fetch or send the file again"
@@ -95,7 +106,9 @@ class SafetensorsReader:
     def _read(self, entry: Entry, start: int, end: int, out: Tensor | None) -> Tensor:
         data = torch.empty(end - start, dtype=torch.uint8) if out is None else out[: end - start]
         left = memoryview(data.numpy())
-        with self.path.open("rb", buffering=0) as file:
+        with door.opened(self.path, inside=self.path.parent) as file:
+            if _identity(file) != self._identity:
+                raise UserError(f"{self.path}: was changed while it was read; begin again")
             file.seek(start)
             while left:
                 count = file.readinto(left)
@@ -235,16 +248,25 @@ def _write_all(file, *data: memoryview) -> None:
             left[0] = left[0][count:]
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    size = path.stat().st_size
-    if not path.is_file():
-        raise ValueError("not a file")  # a pipe would be waited for
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError("no header, or cut short")
-        header = json.loads(file.read(length))
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """Return what tells a file from another, or from itself once it was changed."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_header(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise ValueError("no header, or cut short")
+    text = file.read(length)
+    # An object that names no place is none of a tensor's; both are counted before any is made.
+    count = text.count(b'"data_offsets"')
+    too_long = length > 2**20 + 1000 * count
+    if count > most or too_long or text.count(b"{") > count + 2 + MAX_TENSORS // 100:
+        raise ValueError(f"expected at most {most:,} tensors, got more")
+    header = door.parse_json(text)
     metadata = header.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no text")
@@ -261,6 +283,8 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
 
 def _entry(name: str, value: dict, begin: int) -> Entry:
     """Return where a tensor lies, if what the header says of it agrees with itself."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(f"{name!r:.80} is no name of at most {MAX_NAME} characters")
     if value["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {value['dtype']}")
     dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])

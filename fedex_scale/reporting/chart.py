@@ -20,8 +20,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedex_scale.runtime.outputs import make_inside, write_file
-
 Record = dict[str, Any]
 
 TEXT, GRID = "#1c2430", "#d8dde5"
@@ -115,13 +113,13 @@ class Chart:
 
     def save(self, folder: Path) -> None:
         """Write NAME.svg, NAME.png and NAME.csv."""
-        make_inside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         image, numbers = io.BytesIO(), io.StringIO(newline="")
         with mpl.rc_context(STYLE):
             self.figure.savefig(image, format="png", dpi=150)
         writer = csv.writer(numbers)
         writer.writerow(self.columns)
         writer.writerows(self.rows)
-        write_file(folder / f"{self.name}.svg", self.file)
-        write_file(folder / f"{self.name}.png", image.getvalue())
-        write_file(folder / f"{self.name}.csv", numbers.getvalue())
+        (folder / f"{self.name}.svg").write_text(self.file, encoding="utf-8")
+        (folder / f"{self.name}.png").write_bytes(image.getvalue())
+        (folder / f"{self.name}.csv").write_text(numbers.getvalue(), encoding="utf-8", newline="")

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import costs, deviations, record, settings, tables, training, words
 from fedex_scale.reporting.chart import Chart, Record
-from fedex_scale.runtime.errors import UserError
-from fedex_scale.runtime.outputs import write_file
+from fedex_scale.runtime.outputs import adding, write_file
+from fedex_scale.runtime.text import readable
 
 Draw = Callable[[Record, Sequence[Record]], Chart | None]
 Group = dict[str, list]
@@ -33,15 +33,10 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a directory that is no run, or a file in one that cannot be read.
     """
-    records = _named_apart([record.gather(RunDir(run)) for run in runs])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        sections = _sections(records, out / FIGURES)
-        write_file(out / PAGE, _render(records, sections))
-    except OSError as error:
-        raise UserError(
-            f"--out: cannot write to {out} ({error.strerror}); choose another directory"
-        ) from None
+    records = _named_apart([_readable(record.gather(RunDir(run))) for run in runs])
+    with adding(out) as scratch:
+        sections = _sections(records, scratch / FIGURES)
+        write_file(scratch / PAGE, _render(records, sections))
     return out / PAGE
 
 
@@ -126,12 +121,21 @@ def _groups(records: Sequence[Record], folder: Path) -> dict[str, list[Group]]:
     }
 
 
+def _readable(node: Any) -> Any:
+    """Return a record whose text is text: of a run that anyone may have made."""
+    if isinstance(node, str):
+        return readable(node, most=100_000)
+    if isinstance(node, dict):
+        return {_readable(key): _readable(value) for key, value in node.items()}
+    return [_readable(value) for value in node] if isinstance(node, list | tuple) else node
+
+
 def _named_apart(records: Sequence[Record]) -> list[Record]:
     """Give runs of the same name a number, and every run a name that a file can have."""
     taken: dict[str, int] = {}
     named = []
     for run in records:
-        name = re.sub(r"[^\w.-]+", "-", run["name"])
+        name = re.sub(r"[^\w.-]+", "-", run["name"])[:100]
         taken[name] = taken.get(name, 0) + 1
         named.append(run | {"name": name if taken[name] == 1 else f"{name} ({taken[name]})"})
     return named

@@ -10,18 +10,17 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 import fedex_scale
 from fedex_scale.aggregation import communication
 from fedex_scale.config.federation import MethodConfig
+from fedex_scale.config.section import to_dict
+from fedex_scale.files import kinds
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
-from fedex_scale.runtime.errors import UserError, reading
+from fedex_scale.runtime.errors import reading
 from fedex_scale.runtime.outputs import write_file
 from fedex_scale.runtime.scores import best_round
 
@@ -56,7 +55,7 @@ def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any
     Raises:
         UserError: no run directory, or a file in it that cannot be read.
     """
-    config = _read_config(run)
+    config = to_dict(run.config())
     with reading(run.path, "restore the files of this run"):
         return _gather(run, config, known)
 
@@ -64,9 +63,9 @@ def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any
 def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
     if known is None:
         file = run.path / REPORT_FILE
-        known = _read_json(file).get("facts", {}) if file.is_file() else {}
-    events = _read_events(run)
-    rounds = [_round(run, number) for number in _rounds_done(run)]
+        known = kinds.read(kinds.ReportFile, file).facts.model_dump() if file.exists() else {}
+    events = kinds.events(run.metrics)
+    rounds = [_round(run, number) for number in range(1, run.rounds_done() + 1)]
     planned = config["federation"]["rounds"]
     return {
         "format": FORMAT,
@@ -76,7 +75,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "rounds_planned": planned,
         "config": config,
         "facts": dict(known),
-        "partition": _read_json(run.path / "partition.json", "clients"),
+        "partition": kinds.read(kinds.PartitionFile, run.path / "partition.json").model_dump(),
         "scores": (scores := _scores(run)),
         "best": _best(scores),
         "steps": _of(events, "step"),
@@ -96,46 +95,43 @@ def _of(events: list[dict], name: str) -> list[dict]:
 
 def _round(run: RunDir, number: int) -> dict[str, Any]:
     """Return what was aggregated in a round, and how far averaging would have deviated."""
-    needed = ("kept", "ideal_norm", "residual_norm", "largest_layer")
-    report = _read_json(run.server(number) / "aggregate.json", *needed)
+    report = run.round(number).model_dump()
     file = run.server(number) / "deviation.json"
     note = "not recorded by the version that ran this"
-    deviation = {"note": note, "total": None, "layers": []}
+    found: dict[str, Any] = {"note": note, "total": None, "layers": []}
+    if file.exists():
+        found = kinds.read(kinds.DeviationFile, file).model_dump()
     return {
         "round": number,
         **{k: v for k, v in report.items() if k != "layers"},
-        "deviation": _read_json(file, *deviation) if file.is_file() else deviation,
+        "deviation": found,
     }
-
-
-def _rounds_done(run: RunDir) -> list[int]:
-    done = []
-    while (run.server(len(done) + 1) / "aggregate.json").is_file():
-        done.append(len(done) + 1)
-    return done
 
 
 def _scores(run: RunDir) -> list[dict[str, Any]]:
     """Return the scores with standard errors, by round and task, as lm-eval computed them."""
     scores = []
     for file in sorted(run.path.glob("evaluations/round-*/results.json")):
-        results = _read_json(file, "results")
-        round = int(file.parent.name.removeprefix("round-"))
-        for task, metrics in results["results"].items():
+        number = file.parent.name.removeprefix("round-")
+        if not (number.isascii() and number.isdigit()):
+            continue
+        round = int(number)
+        results = kinds.read(kinds.ResultsFile, file, finite=False)
+        for task, metrics in results.results.items():
             for key, value in metrics.items():
                 metric, _, rule = key.partition(",")
-                if not isinstance(value, float) or metric.endswith("_stderr"):
+                if not _is_number(value) or metric.endswith("_stderr"):
                     continue
                 error = metrics.get(f"{metric}_stderr,{rule}")
-                number = results.get("n-samples", {}).get(task, {}).get("effective")
+                number = results.n_samples.get(task, {}).get("effective")
                 scores.append(
                     {
                         "round": round,
                         "task": task,
                         "metric": metric if rule in ("", "none") else f"{metric}/{rule}",
                         "value": value,
-                        "stderr": error if isinstance(error, float) else None,
-                        "examples": number,
+                        "stderr": error if _is_number(error) else None,
+                        "examples": number if type(number) is int else None,
                     }
                 )
     return scores
@@ -180,40 +176,5 @@ def _communication(
     return [row.as_dict() | {"label": communication.label(row)} for row in rows]
 
 
-def _read_config(run: RunDir) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-        sections = ("model", "lora", "data", "partition", "federation", "method", "train")
-        if all(isinstance(config[section], dict) for section in sections):
-            return config
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        pass
-    raise UserError(
-        f"{run.path}: expected a run directory with its config.yaml, found none; name a directory "
-        "that fedex-scale run made, such as runs/quickstart"
-    )
-
-
-def _read_events(run: RunDir) -> list[dict[str, Any]]:
-    """Return the events; a last line that was cut off is left out."""
-    events = []
-    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{run.metrics}: line {number} is not JSON; restore it") from None
-    return events
-
-
-def _read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Return a JSON object that has these keys."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected JSON ({error}); restore this file of the run") from None
-    missing = [key for key in keys if not isinstance(tree, dict) or key not in tree]
-    if missing:
-        raise UserError(f"{path}: expected {', '.join(missing)}, got none; restore this file")
-    return tree
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and abs(value) <= 1e300

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedex_scale.runtime.text import one_line
+
 
 class UserError(ValueError):
     """Something the user can put right, told on one line: what, expected, got, remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. What it quotes from
+    elsewhere is escaped and cut.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class ClientFailure(UserError):

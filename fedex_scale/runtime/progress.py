@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedex_scale.runtime import distributed
+from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.scores import best_round, score_text
+from fedex_scale.runtime.text import cell, readable
 from fedex_scale.runtime.trackers import Trackers
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -87,7 +88,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line above the display."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(readable(text), markup=False, soft_wrap=True)
 
     def close(self, written: Mapping[str, Path]) -> None:
         """Show what came out: scores before and after, and where the files are."""
@@ -109,7 +110,7 @@ class Monitor:
             table.add_column(column, justify="left" if not column else "right")
         for name, values in self._scores.items():
             first = score_text(name, values[0]) if 0 in values and len(values) > 1 else "-"
-            row = [name, first, score_text(name, values[max(values)])]
+            row = [cell(name), first, score_text(name, values[max(values)])]
             if several:
                 best = best_round(name, {k: v for k, v in values.items() if k})
                 row.append(f"{score_text(name, values[best])} ({best})")
@@ -183,7 +184,7 @@ def _read_events(metrics: Path) -> list[dict[str, Any]]:
     """Return the events of a run that goes on; none for a new one."""
     if not metrics.exists():
         return []
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [door.parse_json(line, finite=False) for line in door.read_lines(metrics)]
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,10 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from fedex_scale.runtime.errors import UserError, reading
+from fedex_scale.files import kinds
+from fedex_scale.runtime import door
+from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.text import cell
 
 BOOTSTRAPS = 10_000
 LEVEL = 0.95
@@ -84,7 +86,7 @@ def table(differences: Sequence[Difference]) -> Table:
         if row.score == last:
             cells += [f"{row.difference:+.2%}", f"{row.low:+.2%} to {row.high:+.2%}"]
             cells[0] = ""
-        shown.add_row(*cells)
+        shown.add_row(*map(cell, cells))
         last = row.score
     return shown
 
@@ -97,14 +99,20 @@ def read_verdicts(path: Path) -> Verdicts:
     if file is None:
         raise UserError(f"{path}: expected a scored run or its results, found no samples.jsonl")
     verdicts: Verdicts = defaultdict(dict)
-    with reading(file, "score again"), file.open(encoding="utf-8") as lines:
-        for line in lines:
-            sample = json.loads(line)
-            example = f"{sample['doc_id']} {sample['doc_hash']}"
-            for metric, value in sample["verdict"].items():
-                if isinstance(value, float):  # counts, such as unparsed_gold, are whole numbers
-                    rule = "" if sample["filter"] == "none" else f"/{sample['filter']}"
-                    verdicts[f"{sample['task']}/{metric}{rule}"][example] = value
+    for number, line in enumerate(door.read_lines(file, inside=file.parent), start=1):
+        where = f"{file}: line {number}"
+        try:
+            tree = door.parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON ({error}); score again") from None
+        sample = kinds.check(kinds.SampleLine, tree, where, "score again")
+        example = f"{sample.doc_id} {sample.doc_hash}"
+        for metric, value in sample.verdict.items():
+            if isinstance(value, float):  # counts, such as unparsed_gold, are whole numbers
+                rule = "" if sample.filter == "none" else f"/{sample.filter}"
+                verdicts[f"{sample.task}/{metric}{rule}"][example] = value
+    if not verdicts:
+        raise UserError(f"{file}: expected a verdict, found none; score again")
     return dict(verdicts)
 
 

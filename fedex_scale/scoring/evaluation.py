@@ -26,6 +26,7 @@ from fedex_scale.data.sources import cause_of
 from fedex_scale.data.suites import data_root
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import building
 from fedex_scale.scoring import stock_tasks
 from fedex_scale.scoring.spread import spread_requests
 from fedex_scale.tasks.predict import is_partitioned
@@ -113,17 +114,21 @@ def evaluate(
 
 
 def write_results(results: dict[str, Any], directory: Path) -> None:
-    """Write results.json in lm-eval's format and one line a sample in samples.jsonl."""
+    """Write results.json in lm-eval's format and one line a sample in samples.jsonl.
+
+    Both or neither; the directory must not be there.
+    """
     if not distributed.is_main():
         return
-    directory.mkdir(parents=True, exist_ok=True)
     samples = results.pop("samples", {})
-    (directory / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
-    with (directory / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for task, rows in samples.items():
-            for row in rows:
-                line = row if "verdict" in row else _sample(task, row)
-                file.write(json.dumps(line, default=str) + "\n")
+    with building(directory, num_bytes=0) as scratch:
+        text = json.dumps(results, indent=2, default=str) + "\n"
+        (scratch / "results.json").write_text(text, encoding="utf-8")
+        with (scratch / "samples.jsonl").open("x", encoding="utf-8") as file:
+            for task, rows in samples.items():
+                for row in rows:
+                    line = row if "verdict" in row else _sample(task, row)
+                    file.write(json.dumps(line, default=str) + "\n")
 
 
 def scores(results: dict[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedex_scale.config.settings import Config
 from fedex_scale.data.prompts import schema_of
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime import distributed
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.scoring import asked, evaluation, held_out
 from fedex_scale.scoring.loss import held_out_loss
@@ -57,7 +59,10 @@ class Look:
             own = held_out.evaluate(model, self.lesson.score, self.config.evaluation)
             results = held_out.merged(results, own)
         if results:
-            evaluation.write_results(results, self.run.evaluation(round))
+            folder = self.run.evaluation(round)
+            # A run that was killed may have written it before its place was saved.
+            distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+            evaluation.write_results(results, folder)
             seconds = time.perf_counter() - began
             monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
             for warning in evaluation.warnings(results):

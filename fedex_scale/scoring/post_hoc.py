@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from fedex_scale.config.learning import ModelSection
-from fedex_scale.config.load import load_config
 from fedex_scale.config.section import replace
 from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.engine import models
@@ -25,6 +25,7 @@ from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import check_out
+from fedex_scale.runtime.text import cell
 from fedex_scale.scoring import evaluation
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def table(results: Mapping[str, Any], known_as: tuple[str, str] | None) -> Table
         row.append(f"{error:.2%}" if isinstance(error, float) else "")
         by_paper = metric == "exact_match" and rule in ([], ["paper"])
         row.append(f"{paper[task]:.2f}%" if by_paper and task in paper else "")
-        shown.add_row(*row[: len(shown.columns)])
+        shown.add_row(*map(cell, row[: len(shown.columns)]))
     return shown
 
 
@@ -138,7 +139,7 @@ def paper_scores(model: str, method: str) -> dict[str, float]:
 
 
 def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subject:
-    config = load_config(run.path / "config.yaml")
+    config = run.config()
     final, exact = run.final / "adapter", run.final / "exact_adapter"
     whole = run.final / "model"
     if whole.is_dir():
@@ -207,6 +208,13 @@ def _check_adapter(path: Path, model: ModelSection) -> None:
             f"--adapter: {path} belongs to {final}, as its run changed the base, got "
             f"{model.path}; name that base, or use {run.final / 'exact_adapter'}"
         )
+    missed = adapter.not_targeted()
+    if missed:
+        raise UserError(
+            f"--adapter: {path}: expected target_modules to name every layer of its file, as PEFT "
+            f"loads no other, got none for {len(missed)} of {len(adapter.layers)}, such as "
+            f"{missed[0]}; correct its adapter_config.json"
+        )
     base = BaseFiles(base_directory(model.path, model.revision))
     for layer in () if "quantization_config" in base.config else adapter.layers:
         if base.is_tied(layer):
@@ -229,7 +237,23 @@ def load(subject: Subject) -> PreTrainedModel | PeftModel:
     base = models.load_model(section, dtype, distributed.device())
     if subject.adapter is None:
         return base
-    return PeftModel.from_pretrained(base, subject.adapter)
+    return PeftModel.from_pretrained(base, subject.adapter, config=_plain(Adapter(subject.adapter)))
+
+
+def _plain(adapter: Adapter) -> LoraConfig:
+    """Return an adapter's settings with its layers by name: PEFT matches no pattern of others."""
+    rank, alpha = adapter.config["r"], adapter.config["lora_alpha"]
+    ranks = {layer: adapter.rank_of(layer) for layer in adapter.layers}
+    alphas = {layer: adapter.alpha_of(layer) for layer in adapter.layers}
+    kept = ("task_type", "modules_to_save", "use_rslora", "fan_in_fan_out", "ensure_weight_tying")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(adapter.layers),
+        rank_pattern={re.escape(layer): own for layer, own in ranks.items() if own != rank},
+        alpha_pattern={re.escape(layer): own for layer, own in alphas.items() if own != alpha},
+        **{key: adapter.config[key] for key in kept if adapter.config.get(key) is not None},
+    )
 
 
 def _free(path: Path) -> Path:

@@ -235,7 +235,7 @@ def test_no_room_is_known_beforehand(tiny_llama, tmp_path, capsys, monkeypatch) 
         outputs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})
     )
     clients = make_clients(tmp_path)
-    assert_refused(tiny_llama, tmp_path, capsys, clients, ["of room, got 0.00 GB"])
+    assert_refused(tiny_llama, tmp_path, capsys, clients, ["of room, got 10 kB"])
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tiny_llama, tmp_path, capsys, monkeypatch) -> None:

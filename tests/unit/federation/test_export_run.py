@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from test_export import RANK, assert_same_logits, dense_model, load, logits, two_rounds
 from transformers import AutoModelForCausalLM
 
 from fedex_scale.cli import main
+from fedex_scale.config.section import to_dict
 from fedex_scale.federation.export import export_run
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.runtime.errors import UserError
@@ -135,5 +136,5 @@ def test_numbers_that_are_not_finite_never_leave(
 
 def finish(run, base: Path) -> None:
     """Write what a run writes at its start."""
-    text = json.dumps({"model": {"path": str(base)}})
+    text = yaml.safe_dump(to_dict(run.config) | {"model": {"path": str(base)}})
     (run.directory.path / "config.yaml").write_text(text, encoding="utf-8")

@@ -115,7 +115,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     file.write_bytes(data)
     run(config, "damaged", resume=True)
     told = capsys.readouterr().out
-    assert f"{file}: damaged: its SHA-256 is another one; taking the checkpoint before it" in told
+    assert f"{file}: damaged: its SHA-256 is another one; client 1 starts over" in told
+    assert f"going on from checkpoint {last}" in told
+    assert_same_result(whole.path, broken.path)
+
+
+def test_a_damaged_manifest_is_named_and_the_checkpoint_before_taken(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(config, "sound too")
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        interrupt_after(patch, 4)
+        run(config, "cut")
+    broken = RunDir(directory(config, "cut"))
+    last = checkpoint.numbers(broken)[-1]
+    file = broken.checkpoint(last) / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-5])
+    run(config, "cut", resume=True)
+    told = capsys.readouterr().out
+    assert f"{file}: damaged" in told
+    assert "taking the checkpoint before it" in told
     assert f"going on from checkpoint {last - 1}" in told
     assert_same_result(whole.path, broken.path)
 

@@ -1,0 +1,176 @@
+"""Any file that a power cut damaged: the run goes on and ends with the same bits, or says why not.
+
+What a killed run has on disk is emptied, cut, zeroed in part or deleted, a file after another.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from resuming import assert_same_result, write_config
+
+from fedex_scale.cli import main
+from fedex_scale.federation.saves import Saver
+from fedex_scale.run import run_config
+
+SAVES = 15  # in the second round, with a client that is done and one that is being trained
+
+Damage = Callable[[bytes], bytes | None]
+DAMAGE: dict[str, Damage] = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "zeros at the end": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "a zero block": lambda data: data[: len(data) // 3] + bytes(16) + data[len(data) // 3 + 16 :],
+    "gone": lambda data: None,
+}
+
+
+class PowerCut(BaseException):
+    """Nothing is cleaned up."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("power")
+    heldout = {"fedex_word_problems": str(folder / "heldout.jsonl")}
+    evaluation = {"tasks": list(heldout), "data": heldout, "limit": 1, "batch_size": 1}
+    evaluation["every_rounds"] = 1
+    small = {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]}
+    return write_config(
+        tiny_llama, folder, evaluation=evaluation, lora=small, partition={"num_clients": 2}
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    return run_config(config, ["run.name=whole"])
+
+
+@pytest.fixture(scope="module")
+def killed(config: Path) -> Path:
+    real, left = Saver._publish, [SAVES]
+
+    def publish(saver: Saver, *arguments):
+        done = real(saver, *arguments)
+        left[0] -= 1
+        if not left[0]:
+            raise PowerCut
+        return done
+
+    with pytest.MonkeyPatch.context() as patch, suppress(PowerCut):
+        patch.setattr(Saver, "_publish", publish)
+        run_config(config, ["run.name=killed"])
+    path = config.parent / "runs" / "killed"
+    assert (path / "clients/round-0002/client-0000/client.json").is_file()
+    assert (newest(path) / "rank-0000.safetensors").is_file()
+    return path
+
+
+def files_of(run: Path) -> list[str]:
+    return sorted(str(x.relative_to(run)) for x in run.rglob("*") if x.is_file())
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "metrics.jsonl",
+        "partition.json",
+        "report.json",
+        "clients/round-0002/client-0000/adapter_model.safetensors",
+        "clients/round-0002/client-0000/client.json",
+        "evaluations/round-0001/samples.jsonl",
+        "server/round-0001/adapter/adapter_model.safetensors",
+        "manifest.json",
+        "rank-0000.safetensors",
+    ],
+)
+@pytest.mark.slow
+def test_each_file_of_a_run_that_was_killed(
+    kind: str, name: str, config: Path, whole: Path, killed: Path, capsys
+) -> None:
+    check(kind, name, config, whole, killed, capsys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("empty", "config.yaml"),
+        ("zeros at the end", "metrics.jsonl"),
+        ("half", "partition.json"),
+        ("gone", "clients/round-0002/client-0000/adapter_model.safetensors"),
+        ("a zero block", "evaluations/round-0001/samples.jsonl"),
+        ("half", "server/round-0001/adapter/adapter_model.safetensors"),
+    ],
+)
+def test_a_file_of_a_run_that_was_killed(
+    kind: str, name: str, config: Path, whole: Path, killed: Path, capsys
+) -> None:
+    check(kind, name, config, whole, killed, capsys)
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "README.md"])
+def test_final_files_that_were_lost_are_written_again(
+    name: str, config: Path, whole: Path, capsys
+) -> None:
+    lost = copied(whole, "lost")
+    (lost / "final" / name).write_bytes(b"")
+    assert resume(config, lost) == 0
+    assert "the final files are written again" in capsys.readouterr().out
+    assert_same_result(whole, lost)
+
+
+def test_a_base_that_was_changed_is_named(
+    config: Path, killed: Path, tiny_llama: Path, capsys
+) -> None:
+    run, file = copied(killed, "rebased"), sorted(tiny_llama.glob("*.safetensors"))[0]
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert resume(config, run) == 2
+    finally:
+        file.write_bytes(before)
+    error = capsys.readouterr().err
+    assert f"{file.name} was changed since the run was begun" in error
+    assert resume(config, run) == 0
+
+
+def check(kind: str, name: str, config: Path, whole: Path, killed: Path, capsys) -> None:
+    run = copied(killed, "cut")
+    place = run / name if "/" in name or (run / name).exists() else newest(run) / name
+    data = DAMAGE[kind](place.read_bytes())
+    place.unlink()
+    if data is not None:
+        place.write_bytes(data)
+    code = resume(config, run)
+    told = capsys.readouterr()
+    if code == 0:
+        assert_same_result(whole, run)
+        config_is = run / "config.yaml"
+        assert len(config_is.read_text()) > 1000
+    else:
+        assert code == 2
+        assert len([x for x in told.err.splitlines() if x.startswith("error: ")]) == 1
+        assert name.rsplit("/", 1)[-1] in told.err
+    assert "Traceback" not in told.err
+
+
+def copied(run: Path, name: str) -> Path:
+    to = run.with_name(name)
+    shutil.rmtree(to, ignore_errors=True)
+    return shutil.copytree(run, to)
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").iterdir())[-1]
+
+
+def resume(config: Path, run: Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(config), "--resume", f"run.name={run.name}"])
+    return ended.value.code
