@@ -221,7 +221,7 @@ def _prune(home: Path, newest: RunDir, keep: int) -> None:
     """Remove all but the last rounds that this site took part in."""
     rounds = [path for path in home.glob("round-*") if path != newest.path]
     rounds.sort(key=lambda path: path.stat().st_mtime)
-    for path in rounds[: len(rounds) - (keep - 1)] if keep > 1 else rounds:
+    for path in rounds[: max(0, len(rounds) + 1 - keep)]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -97,7 +97,7 @@ def test_whatever_is_killed_the_federation_goes_on(
         revive(sites, folder, victim)
         assert finish(sites), sites.log("run")[-3000:]
     assert_equal(folder / "simulation", sites.run)
-    wait_for(lambda: not list(processes(str(folder))), 60)  # no orphan
+    wait_for(lambda: not list(processes("", sites.folder)), 60)  # no orphan
 
 
 def kill(sites: Loopback, victim: str) -> None:
@@ -105,12 +105,8 @@ def kill(sites: Loopback, victim: str) -> None:
         sites.end("superlink" if victim == "superlink" else "site-1", signal.SIGKILL)
         return
     word = "flwr-serverapp" if victim == "serverapp" else "client-round"
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        for number in processes(word, str(sites.folder.parent)):
-            os.kill(number, signal.SIGKILL)
-            return
-        time.sleep(0.2)
+    wait_for(lambda: list(processes(word, sites.folder)))
+    os.kill(next(processes(word, sites.folder)), signal.SIGKILL)
 
 
 def revive(sites: Loopback, folder: Path, victim: str) -> None:
@@ -139,12 +135,12 @@ def wait_for(condition, seconds: float = WAIT_S) -> None:
         time.sleep(0.5)
 
 
-def processes(*words: str) -> Iterator[int]:
-    """Yield the processes whose command line has all of these words."""
+def processes(word: str, folder: Path) -> Iterator[int]:
+    """Yield the processes of a federation whose command line has a word."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            line = (path / "cmdline").read_bytes().decode(errors="replace")
+            line, around = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
         except OSError:
             continue
-        if all(word in line for word in words) and int(path.name) != os.getpid():
+        if word.encode() in line and str(folder).encode() in line + around:
             yield int(path.name)

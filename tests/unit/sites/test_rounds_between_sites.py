@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,10 +16,11 @@ from sites import NUM_SITES, write_federation
 from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import Place
 from fedex_scale.files.adapters import WEIGHTS_FILE, Adapter
+from fedex_scale.files.run_dir import RunDir
 from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.sites import server_round as rounds_of_server
-from fedex_scale.sites.client_round import client_round
+from fedex_scale.sites.client_round import _prune, client_round
 from fedex_scale.sites.server_round import server_round
 
 CASES = {
@@ -116,6 +118,18 @@ def test_bfloat16_on_the_way_halves_what_is_sent(folder: Path) -> None:
     for layer, pair in pairs.items():
         for exact, rounded in zip(pair, taken[layer], strict=True):
             assert rounded.equal(exact.bfloat16().float())
+
+
+def test_a_site_keeps_as_many_rounds_as_it_was_told(folder: Path) -> None:
+    kept = RunDir(folder / "keeping")
+    for k in range(5):
+        (kept.path / f"round-{k}").mkdir(parents=True)
+        os.utime(kept.path / f"round-{k}", (k, k))
+    for keep, left in ((7, 5), (5, 5), (3, 3), (1, 1)):
+        _prune(kept.path, RunDir(kept.path / "round-4"), keep)
+        assert sorted(x.name for x in kept.path.iterdir()) == [
+            f"round-{k}" for k in range(5 - left, 5)
+        ]
 
 
 def dict_of(adapter: Adapter) -> dict:
