@@ -88,7 +88,7 @@ def check_interrupted(
 ) -> None:
     whole = run(config, f"{case}-whole", *options)
     parts, starts = RunDir(directory(config, f"{case}-parts")), 0
-    while not (parts.final / "adapter").exists():
+    while not any((parts.final / name).exists() for name in ("adapter", "model")):
         with monkeypatch.context() as patch, suppress(Interrupted):
             interrupt_after(patch, 1)
             run(config, parts.path.name, *options, resume=starts > 0)
