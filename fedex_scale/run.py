@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
 from fedex_scale.config.load import Source, load_config
+from fedex_scale.config.places import check_free
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
@@ -44,10 +45,11 @@ from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.runtime.trackers import Trackers
+from fedex_scale.runtime.waiting import waiting
 from fedex_scale.scoring import evaluation
 
 
-def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
+def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Path:
     """Do a run and return its directory; every rank of the launcher calls this.
 
     Args:
@@ -76,7 +78,7 @@ def _run_or_resume(config: Config) -> None:
         _tell(f"{run.path}: this run is finished; nothing to do")
         return
     with Trackers(config.run.trackers, run.path) as trackers:
-        with phase("load"):
+        with phase("load"), waiting("reading the data and loading the model"):
             distributed.together(lambda: check_evaluation(config))
             if config.train.packing:
                 distributed.together(lambda: models.check_packing(config.model))
@@ -179,11 +181,7 @@ def check_directory(config: Config) -> Found:
     path = config.run.path
     if path.exists() and config.run.resume == "auto":
         return find(config, RunDir(path))
-    if path.exists() and not config.run.overwrite:
-        raise UserError(
-            f"run.name: {path} exists; --resume to go on with it, choose another run.name, or "
-            "run.overwrite=true to delete it"
-        )
+    check_free(config.run)
     parent = path.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -239,14 +237,16 @@ def _run(
     trackers: Trackers,
 ) -> None:
     rounds, seed = config.federation.rounds, config.run.seed
-    total = sum(
-        num_steps(len(clients[client]), config.train)
-        for round in range(1, rounds + 1)
-        for client in choose_clients(config.federation, len(clients), seed, round)
-    )
+    plan = [
+        {client: num_steps(len(clients[client]), config.train) for client in chosen}
+        for chosen in (
+            choose_clients(config.federation, len(clients), seed, round)
+            for round in range(1, rounds + 1)
+        )
+    ]
     with (
         Saver(config, engine, run, last) as saver,
-        Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor,
+        Monitor(run.metrics, plan=plan, trackers=trackers) as monitor,
     ):
         monitor.say(_intro(config, engine, clients))
 
@@ -262,8 +262,8 @@ def _run(
             if config.evaluation.due(round, rounds) and not saver.place.evaluated:
                 began = time.perf_counter()
                 show_handed_over(engine, run, state)
-                with phase("evaluating"):
-                    results = evaluation.evaluate(engine.model, tokenizer, config.evaluation)
+                with phase("evaluating"), monitor.scoring(round) as tell:
+                    results = evaluation.evaluate(engine.model, tokenizer, config.evaluation, tell)
                     evaluation.write_results(results, run.evaluation(round))
                 seconds = time.perf_counter() - began
                 monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))

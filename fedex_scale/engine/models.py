@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from fedex_scale.config.learning import ModelSection
+from fedex_scale.config.places import check_model
 from fedex_scale.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -164,13 +165,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _load(cls: type, section: ModelSection, **options):
     """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
-    path = Path(section.path)
-    local = path.exists() or section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
-    if local and not (path / "config.json").is_file():
-        raise UserError(
-            f"model.path: expected a model directory or a hub id, got {section.path}, "
-            "which has no config.json; correct the path (make model fetches the quickstart's)"
-        )
+    check_model(section)
     try:
         return cls.from_pretrained(
             section.path,

@@ -12,11 +12,10 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from fedex_scale.runtime import launched
 from fedex_scale.runtime.errors import UserError
 
 T = TypeVar("T")
-# What launchers call the number of processes that they start.
-_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def join_group(*, required: bool) -> None:
@@ -29,7 +28,7 @@ def join_group(*, required: bool) -> None:
         UserError: the launcher started more processes than joined, so that each would train
             apart without a word.
     """
-    expected = max(int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES)
+    expected = launched.num_processes()
     if not dist.is_initialized() and (required or expected > 1):
         alone = "RANK" not in os.environ
         if alone:  # DeepSpeed asks for all five

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, base_directory
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
+from fedex_scale.runtime.display import make_display, scoring
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import check_out
 from fedex_scale.scoring import evaluation
@@ -101,7 +103,9 @@ def score(subject: Subject, out: Path) -> dict[str, Any]:
     model, device = distributed.together(lambda: load(subject)), distributed.device()
     if subject.model.quantization == "none":
         model.to(device)
-    results = evaluation.evaluate(model, tokenizer, subject.section)
+    display = make_display(Console(highlight=False))
+    with display, scoring(display, Path(subject.model.path).name, print) as tell:
+        results = evaluation.evaluate(model, tokenizer, subject.section, tell)
     if results:
         parts = {"pretrained": subject.model.path, "peft": subject.adapter}
         given = ",".join(f"{key}={value}" for key, value in parts.items() if value)
