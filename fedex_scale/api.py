@@ -77,12 +77,12 @@ def run(config: Source, overrides: Overrides | None = None) -> Run:
     """
     from fedex_scale.config.load import load_config
     from fedex_scale.config.places import check_places
-    from fedex_scale.runtime import process
+    from fedex_scale.runtime import launched
     from fedex_scale.runtime.waiting import waiting
 
     resolved = load_config(config, overrides)
     check_places(resolved)
-    if process.is_first():
+    if launched.is_first():
         print(_begins(resolved), flush=True)
     with waiting("loading libraries"):  # importing torch and transformers takes seconds
         from fedex_scale.files.run_dir import RunDir

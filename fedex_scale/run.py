@@ -41,6 +41,7 @@ from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
+from fedex_scale.runtime.outputs import write_file
 from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.seeds import derive_seed
@@ -75,7 +76,11 @@ def _run_or_resume(config: Config) -> None:
     run = RunDir(config.run.path)
     found = distributed.on_main(lambda: check_directory(config))
     if found.checkpoint is not None and found.checkpoint.place.finished:
-        _tell(f"{run.path}: this run is finished; nothing to do")
+        more = config.federation.rounds + 1
+        _tell(
+            f"{run.path}: this run is finished; nothing to do (federation.rounds={more}, or more, "
+            "goes on with it)"
+        )
         return
     with Trackers(config.run.trackers, run.path) as trackers:
         with phase("load"), waiting("reading the data and loading the model"):
@@ -210,6 +215,9 @@ def prepare_directory(
             )
         else:
             rewind(run, last)
+            own = to_dict(config)
+            own["run"] |= {key: last.config["run"][key] for key in ("resume", "overwrite")}
+            write_file(run.path / "config.yaml", yaml.safe_dump(own, sort_keys=False))
 
 
 def make_directory(config: Config, run: RunDir, partition: str) -> None:

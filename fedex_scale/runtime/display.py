@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedex_scale.runtime import process
+from fedex_scale.runtime import launched
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -27,7 +27,7 @@ def make_display(console: Console) -> Progress:
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
         console=console,
-        disable=not console.is_terminal or not process.is_first(),
+        disable=not console.is_terminal or not launched.is_first(),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fedex_scale.runtime import distributed, process
+from fedex_scale.runtime import distributed, launched
 from fedex_scale.runtime.errors import UserError
 
 GRACE_S = 10.0
@@ -97,7 +97,7 @@ def _acknowledge(hears: socket.socket) -> None:
     with hears:
         while number := hears.recv(1):
             name = signal.Signals(number[0]).name
-            if not process.is_first() or number[0] not in (signal.SIGTERM, signal.SIGINT):
+            if not launched.is_first() or number[0] not in (signal.SIGTERM, signal.SIGINT):
                 continue
             then = "stopping"
             if _Asked.deferred:

@@ -35,17 +35,8 @@ def main(app: Callable[[list[str] | None], None], arguments: Sequence[str] | Non
 
 def tell(line: str) -> None:
     """Print a line for the user once, whatever the number of ranks."""
-    if is_first():
+    if launched.is_first():
         print(line, file=sys.stderr)
-
-
-def is_first() -> bool:
-    """Return whether this process speaks for all, whether or not they have met."""
-    if "torch" not in sys.modules:  # importing it takes seconds
-        return launched.is_first()
-    from fedex_scale.runtime import distributed
-
-    return distributed.is_main() and launched.is_first()
 
 
 def set_up_libraries() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fedex_scale.runtime import process
+from fedex_scale.runtime import launched
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def waiting(what: str) -> Iterator[None]:
     """
     console = Console(highlight=False)
     columns = SpinnerColumn(), TextColumn(what, markup=False), TimeElapsedColumn()
-    silent = not console.is_terminal or not process.is_first()
+    silent = not console.is_terminal or not launched.is_first()
     with Progress(*columns, console=console, transient=True, disable=silent) as shown:
         shown.add_task("", total=None)
         yield
