@@ -36,7 +36,7 @@ from fedex_scale.federation.state import ServerState
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
-from fedex_scale.reporting import card, record
+from fedex_scale.reporting import card, record, serving
 from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
@@ -289,6 +289,9 @@ def _run(
         saver.save(replace(saver.place, finished=True))
         keep_record(None)
         monitor.close({"run": run.path, **written})
+        if distributed.is_main() and not config.model.random:
+            for line in serving.next_steps(config, run, written):
+                monitor.say(line)
 
 
 def _facts(engine: Engine) -> dict[str, Any]:

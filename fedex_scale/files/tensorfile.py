@@ -176,7 +176,9 @@ class TrimmedWriter:
     """
 
     def __init__(self, path: Path, largest: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
-        widest = {name: (dtype, (_WIDEST,) * len(shape)) for name, (dtype, shape) in largest.items()}
+        widest = {
+            name: (dtype, (_WIDEST,) * len(shape)) for name, (dtype, shape) in largest.items()
+        }
         self._specs, self._room = dict(largest), len(_header(widest, _FORMAT)[0])
         self._written: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._file = path.open("wb", buffering=0)

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedex_scale.data.prompts import SCHEMAS
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.reporting import record
+from fedex_scale.reporting import record, serving
 from fedex_scale.runtime.outputs import write_file
 
 CARD_FILE = "README.md"
@@ -27,22 +27,41 @@ FOLDERS = {
 
 def write(run: RunDir) -> Path:
     """Write the card of a run whose other final files are there."""
+    path = run.final / CARD_FILE
+    write_file(path, text(run))
+    return path
+
+
+def text(run: RunDir, *, base: str | None = None, adapter: str | None = None) -> str:
+    """Return the card of a run.
+
+    Args:
+        base: hub id of the base, where the run had it from a directory.
+        adapter: hub id under which the adapter for the untouched base will lie; none: the card is
+            for the run's own directory.
+    """
     tree = record.gather(run)
     config = tree["config"]
     there = [name for name in FOLDERS if (run.final / name).is_dir()]
-    adapter = there[0]
+    chosen = there[0]
     changed = "base" in there
     folders = dict(FOLDERS) | (
         {"adapter": "the server's last adapter, for `base`"} if changed else {}
     )
-    rank = Adapter(run.final / adapter).rank
+    rank = Adapter(run.final / chosen).rank
     data, targets = config["data"], config["lora"]["target_modules"]
-    base = base_name(config["model"]["path"])
+    given = base or config["model"]["path"]
+    base = base_name(given)
+    files = [(name, folders[name]) for name in there]
+    if adapter is not None:
+        files = [("adapter_model.safetensors", folders[chosen]), ("report.html", "all of the run")]
+    load_base = "base" if changed and chosen == "adapter" else base
+    load_adapter, served = adapter or chosen, config["method"]["name"]
     fields = {
         "metadata": metadata(tree, base).to_yaml(),
         "name": title(tree, base),
         "base": base,
-        "local_base": base != config["model"]["path"],
+        "local_base": base != given,
         "method": config["method"]["name"],
         "clients": config["partition"]["num_clients"],
         "rounds": tree["rounds_done"],
@@ -57,12 +76,13 @@ def write(run: RunDir) -> Path:
         "seed": config["run"]["seed"],
         "kept": _kept(tree["rounds"]),
         "scores": _scores(tree),
-        "folders": [(name, folders[name]) for name in there],
-        "load_base": "base" if changed and adapter == "adapter" else base,
-        "load_adapter": adapter,
+        "files": files,
+        "hub_id": adapter,
+        "load_base": load_base,
+        "load_adapter": load_adapter,
         "adapter_rank": rank,
-        "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
-        "served": config["method"]["name"],
+        "vllm": serving.vllm(load_base, load_adapter, rank, served),
+        "merging": serving.merging("RUN"),
         "prompt": SCHEMAS[data["schema"]].prompt if data["schema"] in SCHEMAS else None,
     }
     pages = Environment(
@@ -72,9 +92,7 @@ def write(run: RunDir) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    path = run.final / CARD_FILE
-    write_file(path, pages.get_template("card.md.j2").render(fields))
-    return path
+    return pages.get_template("card.md.j2").render(fields)
 
 
 def metadata(tree: Mapping[str, Any], base: str) -> ModelCardData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,16 @@ def waiting(what: str) -> Iterator[None]:
 
     Other lines may be printed meanwhile, and stand above it.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=True)
     columns = SpinnerColumn(), TextColumn(what, markup=False), TimeElapsedColumn()
     silent = not console.is_terminal or not launched.is_first()
-    with Progress(*columns, console=console, transient=True, disable=silent) as shown:
+    shown = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=silent,
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file goes there
+    )
+    with shown:
         shown.add_task("", total=None)
         yield

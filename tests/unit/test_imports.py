@@ -23,6 +23,7 @@ ROOMS = (
     "cli",
     "api",
     "run",
+    "afterwards",
     "planning",
     "rounds",
     "federation",
