@@ -83,7 +83,7 @@ def text(run: RunDir, *, base: str | None = None, adapter: str | None = None) ->
         "adapter_rank": rank,
         "vllm": serving.vllm(load_base, load_adapter, rank, served),
         "merging": serving.merging("RUN"),
-        "prompt": SCHEMAS[data["schema"]].prompt if data["schema"] in SCHEMAS else None,
+        "prompt": prompt_of(tree),
     }
     pages = Environment(
         loader=PackageLoader("fedex_scale", "reporting"),
@@ -93,6 +93,12 @@ def text(run: RunDir, *, base: str | None = None, adapter: str | None = None) ->
         keep_trailing_newline=True,
     )
     return pages.get_template("card.md.j2").render(fields)
+
+
+def prompt_of(tree: Mapping[str, Any]) -> str | None:
+    """Return the prompt around an instruction of the training data; None where it says none."""
+    schema = SCHEMAS.get(tree["config"]["data"].get("schema"))
+    return schema.prompt if schema else None
 
 
 def metadata(tree: Mapping[str, Any], base: str) -> ModelCardData:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedex_scale.config.federation import MethodConfig
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
+from fedex_scale.reporting.samples import samples
 from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.runtime.outputs import write_file
 
@@ -37,13 +39,25 @@ def facts(**known: Any) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"versions": versions, "machine": platform.machine(), **known}
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"versions": versions, "machine": platform.machine(), "began": began, **known}
 
 
 def write(run: RunDir, known: Mapping[str, Any]) -> None:
-    """Write the run's report.json."""
+    """Write the run's report.json; a run that goes on keeps the time of its beginning."""
+    file, now = run.path / REPORT_FILE, datetime.now(timezone.utc).isoformat(timespec="seconds")
+    known = {**known, "began": _began(file) or known.get("began", now), "updated": now}
     text = json.dumps(gather(run, known), indent=1) + "\n"
-    write_file(run.path / REPORT_FILE, text)
+    write_file(file, text)
+
+
+def _began(file: Path) -> str | None:
+    """Return when the run began, as an earlier report.json says, if it can be read."""
+    try:
+        began = json.loads(file.read_text(encoding="utf-8"))["facts"]["began"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return began if isinstance(began, str) else None
 
 
 def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -77,6 +91,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "facts": dict(known),
         "partition": _read_json(run.path / "partition.json", "clients"),
         "scores": _scores(run),
+        "samples": samples(run),
         "steps": _of(events, "step"),
         "clients": _of(events, "client"),
         "failures": _of(events, "failure"),
