@@ -10,11 +10,15 @@ import typer
 
 import fedex_scale
 from fedex_scale import api
+from fedex_scale.afterwards import commands
 from fedex_scale.runtime import process
 from fedex_scale.runtime.errors import UserError
 
 Config = Annotated[
-    str, typer.Option(help="The run's YAML, or a recipe that comes along, such as quickstart.")
+    str,
+    typer.Option(
+        "--config", "-c", help="The run's YAML, or a recipe that comes along, such as quickstart."
+    ),
 ]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -197,7 +201,9 @@ def plan(
 
 @app.command()
 def doctor(
-    config: Annotated[str | None, typer.Option(help="What is to run here, as for run.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="What is to run here, as for run.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
     ] = None,
@@ -293,67 +299,8 @@ def evaluate(
         console.print(f"results: {done.out}", markup=False, soft_wrap=True)
 
 
-@app.command()
-def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's directory.")],
-    before: Annotated[
-        bool, typer.Option("--before", help="Begin with the model from before training.")
-    ] = False,
-    prompt: Annotated[
-        str,
-        typer.Option(help="Around a question: trained, chat, none; auto: what it was trained on."),
-    ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0: the likeliest token each time.")
-    ] = 0.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; none: the run's own.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
-    ] = False,
-) -> None:
-    """Talk to a run's model, before and after training; in a pipe, a question a line."""
-    from fedex_scale.afterwards.finished import finished
-    from fedex_scale.runtime.waiting import waiting
-
-    there = finished(run)
-    with waiting("loading the model"):
-        from fedex_scale.afterwards.chat import Talker
-        from fedex_scale.afterwards.dialogue import converse
-
-        talker = Talker(
-            there,
-            form=prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-    converse(talker, "before" if before else "after")
-
-
-@app.command()
-def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's directory.")],
-    hub_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Made if it is not there.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base's hub id, where the run had a local directory.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="For your eyes only.")] = False,
-) -> None:
-    """Upload a run's adapter, model card and report to the Hugging Face hub."""
-    from fedex_scale.afterwards.finished import finished
-    from fedex_scale.runtime.waiting import waiting
-
-    there = finished(run)
-    with waiting("uploading"):
-        from fedex_scale.afterwards import hub
-
-        address = hub.push(there, hub_id, base=base, private=private)
-    typer.echo(address)
+app.command()(commands.chat)
+app.command()(commands.push)
 
 
 @app.command()

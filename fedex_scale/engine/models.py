@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -166,6 +170,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 def _load(cls: type, section: ModelSection, **options):
     """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
     check_model(section)
+    _check_hub(section.path, section.revision)
     try:
         return cls.from_pretrained(
             section.path,
@@ -173,6 +178,38 @@ def _load(cls: type, section: ModelSection, **options):
             trust_remote_code=section.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except SafetensorError as error:
+        raise UserError(
+            f"model.path: {section.path}: its weights are damaged ({error}); bring them anew"
+        ) from None
+    except (OSError, ValueError, ImportError) as error:
+        if cls is AutoTokenizer and "backend tokenizer" in str(error):
+            reason = "no tokenizer.json is there; copy the tokenizer's files to the model's"
+        else:
+            reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.path: cannot load {section.path}: {reason}") from None
+
+
+@cache
+def _check_hub(path: str, revision: str | None) -> None:
+    """Raise a UserError where a model is to come from the hub, which does not have it or answer.
+
+    One question: to load would ask for one file after another, each for a while.
+    """
+    if Path(path).exists() or constants.HF_HUB_OFFLINE:
+        return
+    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(path, revision=revision, timeout=10)
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else "an error"
+        raise UserError(
+            f"model.path: the hub answers {code} for {path}; correct the name, or for a private or "
+            "gated model log in (hf auth login)"
+        ) from None
+    except Exception as error:  # of the network, in the words of whatever sends
+        raise UserError(
+            f"model.path: {path} is neither a directory nor in the hub's cache, and the hub does "
+            f"not answer ({error!s:.150}); correct the path, or the network"
+        ) from None

@@ -30,8 +30,11 @@ def vllm(base: str, adapter: str, rank: int, name: str) -> str | None:
 
 
 def merging(run: str) -> str:
-    """Return the command that makes one model, for programs that serve no adapters."""
-    return f"fedex-scale export {shlex.quote(run)} --merged --out merged"
+    """Return the command that makes one model, for programs that serve no adapters.
+
+    In float32: bfloat16 rounds much of what was trained away (docs/exactness.md).
+    """
+    return f"fedex-scale export {shlex.quote(run)} --merged --dtype float32 --out merged"
 
 
 def next_steps(config: Config, run: RunDir, written: Mapping[str, Path]) -> Iterator[str]:
@@ -42,5 +45,5 @@ def next_steps(config: Config, run: RunDir, written: Mapping[str, Path]) -> Iter
     adapter = written["exact_adapter" if exact else "adapter"]
     base = str(written["base"]) if "base" in written and not exact else config.model.path
     served = vllm(base, str(adapter), Adapter(adapter).rank, config.method.name)
-    yield f"serve it: {served or f'{merging(path)} && vllm serve merged'}"
+    yield f"serve it: {served or f'{merging(path)} && vllm serve merged --dtype float32'}"
     yield f"or: {merging(path)} && transformers serve merged"

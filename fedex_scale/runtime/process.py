@@ -72,6 +72,7 @@ class _Interrupted(SystemExit):
 def _run(app: Callable[[list[str] | None], None], arguments: list[str] | None) -> int | None:
     """Run the command line and return its exit code."""
     try:
+        _hint(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
     except SystemExit as ended:
         if hasattr(ended, "message"):  # a signal, perhaps as another rank is gone
@@ -94,6 +95,22 @@ def _run(app: Callable[[list[str] | None], None], arguments: list[str] | None) -
         _tell_of_fault(reason)
         return 1
     return 0
+
+
+def _hint(given: Sequence[str]) -> None:
+    """Raise a UserError for what others' programs take, and this one says otherwise."""
+    if not given or given[0] not in ("run", "plan", "doctor"):
+        return
+    has_config = any(x in ("-c", "--config") or x.startswith("--config=") for x in given)
+    for argument in given[1:]:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and "." in name:
+            raise UserError(
+                f"{argument}: settings are given without dashes: {name}=VALUE, such as "
+                "train.learning_rate=1e-4"
+            )
+        if not has_config and Path(argument).suffix in (".yaml", ".yml"):
+            raise UserError(f"{given[0]}: expected --config {argument}, got {argument}; add it")
 
 
 def _tell_of_fault(reason: str) -> None:
