@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ from fedex_scale.federation.state import ServerState
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
-from fedex_scale.reporting import card, record, serving
+from fedex_scale.reporting import card, page, record, serving
 from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
@@ -288,6 +289,9 @@ def _run(
         distributed.on_main(lambda: card.write(run))
         saver.save(replace(saver.place, finished=True))
         keep_record(None)
+        if trackers.keep_files:  # on rank 0 alone
+            with tempfile.TemporaryDirectory() as scratch:
+                trackers.keep(page.write_report([run.path], Path(scratch)))
         monitor.close({"run": run.path, **written})
         if distributed.is_main() and not config.model.random:
             for line in serving.next_steps(config, run, written):
