@@ -56,8 +56,13 @@ class _Dialogue:
                 print(f"error: {error}", file=sys.stderr)
 
     def piped(self) -> None:
-        for line in sys.stdin:
-            self.take(line.strip())
+        for number, line in enumerate(sys.stdin.buffer, start=1):
+            try:
+                self.take(line.decode().strip())
+            except UnicodeDecodeError:
+                raise UserError(
+                    f"standard input: line {number}: expected UTF-8, got other bytes; convert it"
+                ) from None
 
     def take(self, line: str) -> None:
         """Do what a line says, or answer it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from peft import PeftModel
 from terminal import Terminal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedex_scale.afterwards.dialogue import converse
 from fedex_scale.cli import main
 from fedex_scale.data.prompts import MATH_PROMPT
+from fedex_scale.runtime.errors import UserError
 
 PROGRAM = "import sys; from fedex_scale.cli import main; main(sys.argv[1:])"
 QUESTION = "Tom has 12 apples and buys 7 more. How many apples does he have now?"
@@ -123,6 +127,16 @@ def test_a_prompt_that_cannot_be_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --prompt")
     assert reason in line
+
+
+def test_bytes_that_are_no_text_are_told_by_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    talker = SimpleNamespace(ask=lambda question, *_: asked.append(question), stop=lambda: None)
+    lines = io.TextIOWrapper(io.BytesIO(b"ok {0}\n" + b"caf\xe9\n"))
+    monkeypatch.setattr(sys, "stdin", lines)
+    with pytest.raises(UserError, match="standard input: line 2: expected UTF-8"):
+        converse(talker, "after")
+    assert asked == ["ok {0}"]
 
 
 def pushed(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
