@@ -17,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install check model flower quickstart federation test test-all lint bench clean
+.PHONY: help install check model flower quickstart federation test test-all lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -58,11 +58,14 @@ lint: install  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: install  ## Build docs/ as a site in site/, broken links being errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: install model  ## Run every benchmark, one after another
 	set -e; for file in $(filter-out %/common.py %/files.py %/methods.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:  ## Remove .venv and caches; models, data and runs stay
-	rm -rf .venv .flower build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .flower build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What an installation needs of the machine; $(error) ends in one line, before anything is made.

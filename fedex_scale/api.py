@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedex_scale.config.load import Source
+    from fedex_scale.config.settings import Config
     from fedex_scale.federation.export import Exported
     from fedex_scale.methods.algebra import Pair
     from fedex_scale.methods.interface import LayerUpdate
@@ -74,12 +75,22 @@ def run(config: Source, overrides: Overrides | None = None) -> Run:
         UserError: settings, data or a model that cannot be used, before anything is trained; a
             full disk, or a client that failed.
     """
-    from fedex_scale.files.run_dir import RunDir
-    from fedex_scale.reporting import record
-    from fedex_scale.run import run_config
-    from fedex_scale.runtime import distributed
+    from fedex_scale.config.load import load_config
+    from fedex_scale.config.places import check_places
+    from fedex_scale.runtime import launched
+    from fedex_scale.runtime.waiting import waiting
 
-    path = run_config(config, overrides)
+    resolved = load_config(config, overrides)
+    check_places(resolved)
+    if launched.is_first():
+        print(_begins(resolved), flush=True)
+    with waiting("loading libraries"):  # importing torch and transformers takes seconds
+        from fedex_scale.files.run_dir import RunDir
+        from fedex_scale.reporting import record
+        from fedex_scale.run import run_config
+        from fedex_scale.runtime import distributed
+
+    path = run_config(resolved)
     scores: dict[int, dict[str, float]] = {}
     for row in distributed.on_main(lambda: record.gather(RunDir(path)))["scores"]:
         scores.setdefault(row["round"], {})[f"{row['task']}/{row['metric']}"] = row["value"]
@@ -344,6 +355,15 @@ def plan(
 
     machine = describe_machine(gpus, gpu_memory, host_memory, nvme, tflops)
     return make_plan(load_config(config, overrides), machine)
+
+
+def _begins(config: Config) -> str:
+    """Return the first line of a run, which is told before anything is loaded."""
+    rounds = config.federation.rounds
+    return (
+        f"{config.run.path}: {config.method.name}, {rounds} round{'s' * (rounds > 1)}, on "
+        f"{config.model.path}; loading"
+    )
 
 
 def _check_pair(name: str, pair: Pair, like: Pair) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +10,17 @@ import typer
 
 import fedex_scale
 from fedex_scale import api
-from fedex_scale.runtime import pipes
+from fedex_scale.afterwards import commands
+from fedex_scale.runtime import process
 from fedex_scale.runtime.errors import UserError
-from fedex_scale.runtime.text import ReadableFormatter, one_line, readable
+from fedex_scale.runtime.text import one_line, readable
 from fedex_scale.sites import commands as sites
 
 Config = Annotated[
-    str, typer.Option(help="The run's YAML, or a recipe that comes along, such as quickstart.")
+    str,
+    typer.Option(
+        "--config", "-c", help="The run's YAML, or a recipe that comes along, such as quickstart."
+    ),
 ]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -220,7 +219,9 @@ def plan(
 
 @app.command()
 def doctor(
-    config: Annotated[str | None, typer.Option(help="What is to run here, as for run.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="What is to run here, as for run.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Change a value.")
     ] = None,
@@ -321,6 +322,10 @@ def evaluate(
         console.print(one_line(f"results: {done.out}"), markup=False, soft_wrap=True)
 
 
+app.command()(commands.chat)
+app.command()(commands.push)
+
+
 @app.command()
 def compare(
     runs: Annotated[
@@ -355,77 +360,8 @@ sites.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    pipes.make_lasting()
-    _set_up_libraries()
-    try:
-        app(list(arguments) if arguments is not None else None)
-    except SystemExit as ended:
-        code = ended.code
-        if hasattr(ended, "message"):  # a signal, perhaps as another rank is gone
-            from fedex_scale.runtime import faults
-
-            gone = faults.dead_peer()
-            _tell_of_fault(gone) if gone else _tell(ended.message)
-    except UserError as error:
-        _tell(f"error: {error}")
-        code = 2
-    except (OSError, RuntimeError, MemoryError) as error:
-        from fedex_scale.runtime import faults
-
-        reason = faults.explain(error)
-        if reason is None:
-            raise
-        _tell_of_fault(reason)
-        code = 1
-    if "torch" not in sys.modules:
-        sys.exit(code)
-    from fedex_scale.runtime import distributed
-
-    distributed.leave(code or 0)
-
-
-def _tell(line: str) -> None:
-    """Print a line for the user once, whatever the number of ranks."""
-    if "torch" in sys.modules:  # without it no ranks have met, and importing it takes seconds
-        from fedex_scale.runtime import distributed
-
-        if not distributed.is_main():
-            return
-    print(line, file=sys.stderr)
-
-
-def _tell_of_fault(reason: str) -> None:
-    """Print a line once, whichever rank is left to do so."""
-    from fedex_scale.runtime import distributed, faults
-
-    if faults.is_speaker():
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    if distributed.world_size() > 1:
-        time.sleep(1)  # stay while the others look who is left
-
-
-def _set_up_libraries() -> None:
-    """Before they are imported: show errors only, and let idle threads sleep."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(ReadableFormatter("%(message)s"))
-    logging.getLogger("fedex_scale").setLevel(logging.INFO)
-    # DeepSpeed compiles its ops with the ninja that is installed beside this Python.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # Threads that wait long before they sleep make a shared machine ten times slower, and those
-    # that sleep at once lose a third of the time in small operations.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for name in ("bitsandbytes", "transformers", "DeepSpeed", "lm_eval", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed sets its level anew when it is imported; a filter stays.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    for category in (FutureWarning, UserWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", category)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    """Run the command line."""
+    process.main(app, arguments)
 
 
 if __name__ == "__main__":

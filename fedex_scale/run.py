@@ -9,6 +9,7 @@ import math
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
 from fedex_scale.config.load import Source, load_config
+from fedex_scale.config.places import check_free
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
@@ -38,7 +40,7 @@ from fedex_scale.files.adapters import Adapter, base_name
 from fedex_scale.files.run_dir import CONFIG_FILE, RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning import choice
-from fedex_scale.reporting import card, record
+from fedex_scale.reporting import card, page, record, serving
 from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
@@ -48,6 +50,7 @@ from fedex_scale.runtime.phases import phase, profiling
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.text import one_line
 from fedex_scale.runtime.trackers import Trackers
+from fedex_scale.runtime.waiting import waiting
 from fedex_scale.scoring import asked, evaluation
 from fedex_scale.scoring.look import Look
 from fedex_scale.tasks.all import Lesson, kind_without_rows, read_lesson
@@ -57,7 +60,7 @@ SHARED_WAIT_S = 20.0
 """A network's file system may show a new file late."""
 
 
-def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None) -> Path:
+def run_config(source: Source, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Path:
     """Do a run and return its directory; every rank of the launcher calls this.
 
     Args:
@@ -88,7 +91,11 @@ def _run_or_resume(config: Config) -> None:
             distributed.on_main(lambda: restore_config(run, found.checkpoint))
             for note in found.notes[:-1]:
                 _tell(note)
-            _tell(f"{run.path}: this run is finished; nothing to do")
+            more = config.federation.rounds + 1
+            _tell(
+                f"{run.path}: this run is finished; nothing to do (federation.rounds={more}, or "
+                "more, goes on with it)"
+            )
             return
         _load_and_run(config, run, found)
 
@@ -116,7 +123,7 @@ def held(run: RunDir) -> Iterator[None]:
 def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
     with Trackers(config.run.trackers, run.path) as trackers, ThreadPoolExecutor(1) as thread:
         digests = thread.submit(models.digests, config.model) if distributed.is_main() else None
-        with phase("load"):
+        with phase("load"), waiting("reading the data and loading the model"):
             distributed.together(lambda: check_evaluation(config))
             if config.train.packing:
                 distributed.together(lambda: models.check_packing(config.model))
@@ -248,11 +255,7 @@ def check_directory(config: Config) -> Found:
     path = config.run.path
     if path.exists() and config.run.resume == "auto":
         return find(config, RunDir(path))
-    if path.exists() and not config.run.overwrite:
-        raise UserError(
-            f"run.name: {path} exists; --resume to go on with it, choose another run.name, or "
-            "run.overwrite=true to delete it"
-        )
+    check_free(config.run)
     parent = path.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +286,9 @@ def prepare_directory(
             )
         rewind(run, last)
         write_file(run.path / "partition.json", text)
-        restore_config(run, last)
+        own = to_dict(config)
+        own["run"] |= {key: last.config["run"][key] for key in ("resume", "overwrite")}
+        write_file(run.path / CONFIG_FILE, yaml.safe_dump(own, sort_keys=False))
 
 
 def restore_config(run: RunDir, last: Checkpoint) -> None:
@@ -365,14 +370,16 @@ def _run(
     base: dict[str, tuple[int, str]],
 ) -> None:
     rounds, seed, clients = config.federation.rounds, config.run.seed, lesson.clients.train
-    total = sum(
-        num_steps(len(clients[client]), config.train)
-        for round in range(1, rounds + 1)
-        for client in choose_clients(config.federation, len(clients), seed, round)
-    )
+    plan = [
+        {client: num_steps(len(clients[client]), config.train) for client in chosen}
+        for chosen in (
+            choose_clients(config.federation, len(clients), seed, round)
+            for round in range(1, rounds + 1)
+        )
+    ]
     with (
         Saver(config, engine, run, last, base) as saver,
-        Monitor(run.metrics, total_steps=total, trackers=trackers) as monitor,
+        Monitor(run.metrics, plan=plan, trackers=trackers) as monitor,
     ):
         monitor.say(_intro(config, engine, clients))
 
@@ -391,8 +398,8 @@ def _run(
             round = state.round
             if look.is_due(round) and not saver.place.evaluated:
                 show_handed_over(engine, run, state)
-                with phase("evaluating"):
-                    look.at(engine.model, round, monitor)
+                with phase("evaluating"), monitor.scoring(round) as tell:
+                    look.at(engine.model, round, monitor, tell)
                 saver.save(replace(saver.place, evaluated=True))
             keep_record(round)
 
@@ -402,7 +409,13 @@ def _run(
             distributed.on_main(lambda: card.write(run))
         saver.save(replace(saver.place, finished=True))
         keep_record(None)
+        if trackers.keep_files:  # on rank 0 alone
+            with tempfile.TemporaryDirectory() as scratch:
+                trackers.keep(page.write_report([run.path], Path(scratch)))
         monitor.close({"run": run.path, **written})
+        if "adapter" in written and not (config.task.has_head or config.model.random):
+            for line in serving.next_steps(config, run, written):
+                monitor.say(line)
 
 
 def _facts(engine: Engine) -> dict[str, Any]:

@@ -45,8 +45,11 @@ class RunSection(Section, title="run"):
     """Checkpoints to keep."""
     save_steps: Count | None = 50
     """Steps of a client between checkpoints; none: only when a client or a round is done."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], AsTuple] = ()
-    """Any of tensorboard (in the run, tensorboard/), wandb, trackio: a series per client."""
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], AsTuple
+    ] = ()
+    """Any of tensorboard (in the run, tensorboard/), wandb, trackio, mlflow: a series per client,
+    the config and, where the tool keeps files (wandb, mlflow), the report."""
     profile_steps: Annotated[tuple[Count, ...], AsTuple] = ()
     """Steps of which to write a torch profiler trace, counted from 1 as the program starts."""
 

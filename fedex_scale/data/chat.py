@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedex_scale.config.words import named, shown
 from fedex_scale.data.places import text_of
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
@@ -58,7 +59,7 @@ def template_of(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
         )
     path = TEMPLATES / f"{name}.jinja" if name in known else Path(name)
     try:
-        return path.read_text(encoding="utf-8")
+        return door.read_bytes(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.chat_template: expected one of {', '.join(known)} or a Jinja file, got "

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -23,6 +27,7 @@ from transformers import (
 )
 
 from fedex_scale.config.learning import ModelSection
+from fedex_scale.config.places import check_model
 from fedex_scale.engine import whole
 from fedex_scale.files.basefiles import base_directory
 from fedex_scale.runtime import door
@@ -250,14 +255,10 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _load(cls: type, section: ModelSection, **options):
     """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
+    check_model(section)
+    _check_hub(section.path, section.revision)
     path = Path(section.path)
-    local = path.exists() or section.path.startswith((".", "/", "~")) or section.path.count("/") > 1
-    if local and not (path / "config.json").exists():
-        raise UserError(
-            f"model.path: expected a model directory or a hub id, got {section.path}, "
-            "which has no config.json; correct the path (make model fetches the quickstart's)"
-        )
-    if local:
+    if path.exists():
         door.check_directory(path)
         door.read_json(path / "config.json", "fetch the model again", most=2**24)
     try:
@@ -267,13 +268,47 @@ def _load(cls: type, section: ModelSection, **options):
             trust_remote_code=section.trust_remote_code,
             **options,
         )
+    except SafetensorError as error:
+        raise UserError(
+            f"model.path: {section.path}: its weights are damaged ({error}); bring them anew"
+        ) from None
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers makes of settings that contradict
-        raise UserError(f"model.path: cannot load {section.path}: {_reason(error)}") from None
+        if cls is AutoTokenizer and "backend tokenizer" in str(error):
+            reason = "no tokenizer.json is there; copy the tokenizer's files to the model's"
+        else:
+            reason = _reason(error)
+        raise UserError(f"model.path: cannot load {section.path}: {reason}") from None
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error, and its kind where that tells more than its words."""
-    first = (str(error).strip() or "no reason given").splitlines()[0]
-    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
+    """Return an error's words, and its kind where that tells more than they do."""
+    words = " ".join(str(error).split())[:300] or "no reason given"
+    own = isinstance(error, (OSError, ValueError, ImportError))
+    return words if own else f"{type(error).__name__}: {words}"
+
+
+@cache
+def _check_hub(path: str, revision: str | None) -> None:
+    """Raise a UserError where a model is to come from the hub, which does not have it or answer.
+
+    One question: to load would ask for one file after another, each for a while.
+    """
+    if Path(path).exists() or constants.HF_HUB_OFFLINE:
+        return
+    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(path, revision=revision, timeout=10)
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else "an error"
+        raise UserError(
+            f"model.path: the hub answers {code} for {path}; correct the name, or for a private or "
+            "gated model log in (hf auth login)"
+        ) from None
+    except Exception as error:  # of the network, in the words of whatever sends
+        raise UserError(
+            f"model.path: {path} is neither a directory nor in the hub's cache, and the hub does "
+            f"not answer ({error!s:.150}); correct the path, or the network"
+        ) from None

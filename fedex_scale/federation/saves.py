@@ -40,6 +40,8 @@ FREE = frozenset(
     "run.profile_steps data.max_dropped "
     "federation.on_client_failure evaluation.batch_size".split()
 )
+# ... or how long the run is ...
+ROUNDS = "federation.rounds"
 # ... or rounding alone does; a running client then starts over.
 ROUNDING = frozenset(
     "train.micro_batch_size train.packing model.gradient_checkpointing "
@@ -76,11 +78,17 @@ def find(config: Config, run: RunDir) -> Found:
     if own["aggregate"]["side_rank"] == "auto":  # what the machine that began it had room for
         own["aggregate"]["side_rank"] = found.config["aggregate"]["side_rank"]
     changed = differences(found.config, own) - FREE
-    if changed - ROUNDING:
+    fixed = changed - ROUNDING - {ROUNDS}
+    if fixed:
         raise UserError(
-            f"resume: {run.path} was run with other settings: {', '.join(sorted(changed))}; set "
-            "them back, or choose another run.name"
+            f"resume: {run.path} was run with other settings: {', '.join(sorted(fixed))}; set "
+            "them back, or choose another run.name (what may change: "
+            f"{', '.join(sorted({ROUNDS} | ROUNDING | FREE))})"
         )
+    if ROUNDS in changed:
+        changed.remove(ROUNDS)
+        found, note = _of_other_length(config, run, found)
+        notes.append(note)
     size = distributed.world_size()
     if size != found.world_size:
         changed |= {f"{found.world_size} ranks, now {size}"}
@@ -104,6 +112,29 @@ def _newest(run: RunDir) -> tuple[Checkpoint | None, list[str], list[str]]:
         except UserError as error:
             problems.append(str(error))
     return None, problems, []
+
+
+def _of_other_length(config: Config, run: RunDir, found: Checkpoint) -> tuple[Checkpoint, str]:
+    """Return the place to go on from to another number of rounds, and what to tell of it.
+
+    Nothing in a round depends on how many follow, so that the result is that of a run which was
+    to have this many from its beginning.
+
+    Raises:
+        UserError: more rounds are begun already.
+    """
+    rounds, place = config.federation.rounds, found.place
+    planned = found.config["federation"]["rounds"]
+    begun = place.state.round + bool(place.done or place.skipped or place.running)
+    if rounds < begun:
+        raise UserError(
+            f"{ROUNDS}: expected at least {begun}, as {run.path} has begun as many, got {rounds}; "
+            f"the run is to have {planned}"
+        )
+    if place.finished:
+        found = replace(found, place=replace(place, finished=False))
+    again = "; final/ is made anew" * place.finished
+    return found, f"{ROUNDS}: {planned}, now {rounds}{again}"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:

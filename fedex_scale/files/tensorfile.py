@@ -174,17 +174,25 @@ class SafetensorsWriter:
         assert error or not self._missing, f"never written: {sorted(self._missing)[:3]}"
 
 
+_WIDEST = 10**7 - 1
+"""No side of a tensor is longer."""
+
+
 class TrimmedWriter:
     """Writes tensors that may turn out smaller than announced, one after another.
 
-    Room for the header is kept at the beginning; it is written when all tensors are there.
+    Room for the header is kept at the beginning; it is written when all tensors are there. It does
+    not depend on what was announced, so that files of one content are alike.
 
     Args:
         largest: dtype and the most that a tensor's shape can be, by name.
     """
 
     def __init__(self, path: Path, largest: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
-        self._specs, self._room = dict(largest), len(_header(largest, _FORMAT)[0])
+        widest = {
+            name: (dtype, (_WIDEST,) * len(shape)) for name, (dtype, shape) in largest.items()
+        }
+        self._specs, self._room = dict(largest), len(_header(widest, _FORMAT)[0])
         self._written: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._file = path.open("wb", buffering=0)
         self._file.seek(self._room)

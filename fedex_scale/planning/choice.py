@@ -105,6 +105,12 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     )
 
 
+def needs(config: Config, machine: Machine) -> Estimate:
+    """Return what a run needs as it stands; `make_plan` looks for other ways, too."""
+    machine = _with_nvme(config, machine)
+    return _Sizes(config, machine).estimate(config)
+
+
 def warning(config: Config) -> str | None:
     """Return a line where this machine cannot hold the config, activations left aside.
 

@@ -14,12 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fedex_scale.config.settings import Config
 from fedex_scale.engine import models
 from fedex_scale.engine.ds_config import read_ds_config
-from fedex_scale.planning.machine import available_ram
+from fedex_scale.planning import choice
+from fedex_scale.planning.machine import describe_machine
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.scoring import evaluation
 from fedex_scale.tasks.all import kind_without_rows
@@ -151,7 +151,7 @@ def _config(config: Config) -> Iterator[Finding]:
             check()
             yield Finding(name, "can be used")
         except UserError as error:
-            yield Finding(name, str(error), "as it says", fatal=True)
+            yield Finding(name, str(error), fatal=True)
 
 
 def _check_model(config: Config) -> None:
@@ -176,56 +176,39 @@ def _check_engine(config: Config) -> None:
 
 
 def _room(config: Config | None) -> Iterator[Finding]:
-    """Compare disk and memory with what the model's sizes ask for."""
-    weights = adapters = None
-    if config is not None:
-        try:
-            weights, adapters = _sizes(config)
-        except (UserError, OSError, ValueError, RuntimeError):  # the model was found wanting above
-            weights = adapters = None
+    """Compare disk and memory with what the run needs, as `fedex-scale plan` counts it."""
     folder = config.run.path.absolute() if config is not None else Path.cwd()
     while not folder.exists():
         folder = folder.parent
+    machine = describe_machine(None, None, None, None, None)
+    needed = None
+    if config is not None:
+        try:
+            needed = choice.needs(config, machine)
+        except (UserError, OSError, ValueError, RuntimeError):  # found wanting above
+            needed = None
     disk = shutil.disk_usage(folder).free
-    yield _compare("disk", f"{disk / _GB:.1f} GB free at {folder}", disk, adapters, "run.dir")
-    ram = available_ram()
-    on_gpu = torch.cuda.is_available()
-    yield _compare(
-        "RAM",
-        f"{ram / _GB:.1f} GB available",
-        ram,
-        None if on_gpu else weights,
-        "a smaller model, or model.quantization",
-    )
-    whole = config is not None and "zero3" not in (config.engine.deepspeed or "")
-    if on_gpu and whole and weights is not None:
+    places = [
+        ("disk", "disk", f"GB free at {folder}", disk, "run.dir"),
+        ("host", "RAM", "GB available", machine.host_memory or 0, _SMALLER),
+    ]
+    if not machine.is_cpu:
         free = torch.cuda.mem_get_info()[0]
-        yield _compare("GPU memory", f"{free / _GB:.1f} GB free", free, weights, "ZeRO-3")
+        places.append(("gpu", "GPU memory", "GB free", free, "engine.deepspeed=zero3_offload"))
+    for place, name, what, there, remedy in places:
+        total = None if needed is None else needed.total(place)
+        yield _compare(name, f"{there / _GB:.1f} {what}", there, total, remedy)
 
 
-def _compare(name: str, text: str, there: int, needed: int | None, remedy: str) -> Finding:
+_SMALLER = "a smaller model, or model.quantization (fedex-scale plan says what fits)"
+
+
+def _compare(name: str, text: str, there: float, needed: float | None, remedy: str) -> Finding:
     if needed is None:
         return Finding(name, text)
     text += f", {needed / _GB:.2f} GB needed"
     lacks = needed > there
     return Finding(name, text, f"change {remedy}" if lacks else None, lacks)
-
-
-def _sizes(config: Config) -> tuple[int, int]:
-    """Return the bytes of the base's weights in memory, and of all adapters on disk, about."""
-    kind = kind_without_rows(config)
-    settings = models.base_config(config.model, offline=True, kind=kind)
-    model = models.meta_model(config.model, settings, kind)
-    size = {"int8": 1, "nf4": 0.5}.get(
-        config.model.quantization, models.resolve_dtype(config.model).itemsize
-    )
-    weights = size * sum(parameter.numel() for parameter in model.parameters())
-    output = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
-    adapter = 4 * config.lora.rank * sum(m.in_features + m.out_features for m in linear)
-    clients = (config.partition.num_clients or 1) * config.federation.client_fraction
-    # Each client's adapter, the residual of as many, and what the server keeps of a round.
-    return int(weights), int(adapter * (2 * clients + 2) * config.federation.rounds)
 
 
 def _version(package: str) -> str | None:

@@ -13,15 +13,13 @@ from fedex_scale.config.learning import DataConfig
 from fedex_scale.data.prompts import BARE_PROMPT, schema_of
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.reporting import record
+from fedex_scale.reporting import record, serving
 from fedex_scale.reporting.words import rows_told
 from fedex_scale.runtime.outputs import write_file
 from fedex_scale.runtime.scores import score_text
 
 CARD_FILE = "README.md"
 TEMPLATE_FILE = "chat_template.jinja"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank can be."""
 # By what PEFT calls the kind of task.
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -43,25 +41,47 @@ FOLDERS = {
 def write(run: RunDir) -> Path:
     """Write the card of a run whose other final files are there, and its chat template, if it is
     not the model's own."""
+    template = record.gather(run)["partition"].get("chat_template")
+    if template:
+        write_file(run.final / TEMPLATE_FILE, template)
+    path = run.final / CARD_FILE
+    write_file(path, text(run))
+    return path
+
+
+def text(run: RunDir, *, base: str | None = None, adapter: str | None = None) -> str:
+    """Return the card of a run.
+
+    Args:
+        base: hub id of the base, where the run had it from a directory.
+        adapter: hub id under which the adapter for the untouched base will lie; none: the card is
+            for the run's own directory.
+    """
     tree = record.gather(run)
     config = tree["config"]
     there = [name for name in FOLDERS if (run.final / name).is_dir()]
-    adapter = there[0]
+    chosen = there[0]
     changed = "base" in there
     folders = dict(FOLDERS) | (
         {"adapter": "the server's last adapter, for `base`"} if changed else {}
     )
-    opened = Adapter(run.final / adapter)
+    opened = Adapter(run.final / chosen)
     rank, kind = opened.rank, opened.config["task_type"]
     data, targets = config["data"], config["lora"]["target_modules"]
-    base, template = base_name(config["model"]["path"]), tree["partition"].get("chat_template")
+    given = base or config["model"]["path"]
+    base, template = base_name(given), tree["partition"].get("chat_template")
+    files = [(name, folders[name]) for name in there]
+    if adapter is not None:
+        files = [("adapter_model.safetensors", folders[chosen]), ("report.html", "all of the run")]
+    load_base = "base" if changed and chosen == "adapter" else base
+    load_adapter, served = adapter or chosen, config["method"]["name"]
     fields = {
         "metadata": metadata(tree, base, PIPELINES[kind]).to_yaml(),
         "model_class": CLASSES[kind],
         "has_head": bool(opened.full_weights),
         "name": title(tree, base),
         "base": base,
-        "local_base": base != config["model"]["path"],
+        "local_base": base != given,
         "method": config["method"]["name"],
         "clients": config["partition"]["num_clients"],
         "rounds": tree["rounds_done"],
@@ -78,12 +98,13 @@ def write(run: RunDir) -> Path:
         "seed": config["run"]["seed"],
         "kept": _kept(tree["rounds"]),
         "scores": _scores(tree),
-        "folders": [(name, folders[name]) for name in there],
-        "load_base": "base" if changed and adapter == "adapter" else base,
-        "load_adapter": adapter,
+        "files": files,
+        "hub_id": adapter,
+        "load_base": load_base,
+        "load_adapter": load_adapter,
         "adapter_rank": rank,
-        "max_lora_rank": next((known for known in VLLM_RANKS if known >= rank), None),
-        "served": config["method"]["name"],
+        "vllm": serving.vllm(load_base, load_adapter, rank, served),
+        "merging": serving.merging("RUN"),
         "prompt": prompt_of(tree),
         "chat_template": TEMPLATE_FILE if template else None,
     }
@@ -94,11 +115,7 @@ def write(run: RunDir) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    if template:
-        write_file(run.final / TEMPLATE_FILE, template)
-    path = run.final / CARD_FILE
-    write_file(path, pages.get_template("card.md.j2").render(fields))
-    return path
+    return pages.get_template("card.md.j2").render(fields)
 
 
 def prompt_of(tree: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.reporting import costs, deviations, record, settings, tables, training, words
+from fedex_scale.reporting import (
+    card,
+    costs,
+    deviations,
+    losses,
+    record,
+    settings,
+    tables,
+    training,
+    words,
+)
 from fedex_scale.reporting.chart import Chart, Record
 from fedex_scale.runtime.outputs import adding, write_file
 from fedex_scale.runtime.text import readable
@@ -63,12 +73,19 @@ def _sections(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
         {"title": f"Whole config of {run['name']}", "text": settings.yaml_of(run)}
         for run in records
     ]
+    prompts = {run["name"]: card.prompt_of(run) for run in records}
+    if any(prompts.values()):
+        same = len(set(prompts.values())) == 1
+        for name, prompt in list(prompts.items())[: 1 if same else None]:
+            title = "The prompt as trained" + ("" if same else f", {name}")
+            configs.insert(0, {"title": title, "text": prompt})
     sections = []
     for name, title, text in tables.SECTIONS:
         shown = [group for group in groups[name] if group["figures"] or group["tables"]]
         details = configs if name == "run" else []
-        if shown:
-            about = {"id": name, "title": title, "text": text}
+        samples = tables.samples(records) if name == "samples" else []
+        if shown or samples:
+            about = {"id": name, "title": title, "text": text, "samples": samples}
             sections.append({**about, "groups": shown, "details": details})
     return sections
 
@@ -102,14 +119,21 @@ def _groups(records: Sequence[Record], folder: Path) -> dict[str, list[Group]]:
     sending = records[:1] if alike else records
     traffic = figures(*((costs.traffic(run), None if alike else run) for run in sending))
     compared = deviations.compared(records) if several else None
+    overlaid = [losses.losses_compared(records)] if several else []
+    one_rate = several and len({losses.rates(run) for run in records}) == 1
+    if one_rate:
+        overlaid.append(losses.learning_rate(records[0]))
+    curves = [losses.loss] if one_rate else [losses.loss, losses.learning_rate]
     quotients = tables.observed(records)
     measured = (deviations.by_depth, deviations.over_rounds, deviations.spectrum)
     return {
         "glance": [of_all(None, tables.glance(records))],
         "scores": [of_all(training.scores(records), tables.scores(records))],
-        "loss": of_each(
-            training.loss, beside=[*tables.held_out(records), *tables.clients(records)]
-        ),
+        "samples": [],
+        "loss": [
+            {"figures": figures(*((chart, None) for chart in overlaid)), "tables": []},
+            *of_each(*curves, beside=[*tables.held_out(records), *tables.clients(records)]),
+        ],
         "deviation": [
             of_all(compared, [*(quotients if several else []), *tables.deviation(records)]),
             *of_each(*measured, beside=[] if several else quotients),

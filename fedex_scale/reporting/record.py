@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import fedex_scale
@@ -20,7 +22,9 @@ from fedex_scale.files import kinds
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
-from fedex_scale.runtime.errors import reading
+from fedex_scale.reporting.samples import samples
+from fedex_scale.runtime import door
+from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.runtime.outputs import write_file
 from fedex_scale.runtime.scores import best_round
 
@@ -37,13 +41,25 @@ def facts(**known: Any) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"versions": versions, "machine": platform.machine(), **known}
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"versions": versions, "machine": platform.machine(), "began": began, **known}
 
 
 def write(run: RunDir, known: Mapping[str, Any]) -> None:
-    """Write the run's report.json."""
+    """Write the run's report.json; a run that goes on keeps the time of its beginning."""
+    file, now = run.path / REPORT_FILE, datetime.now(timezone.utc).isoformat(timespec="seconds")
+    known = {**known, "began": _began(file) or known.get("began", now), "updated": now}
     text = json.dumps(gather(run, known), indent=1) + "\n"
-    write_file(run.path / REPORT_FILE, text)
+    write_file(file, text)
+
+
+def _began(file: Path) -> str | None:
+    """Return when the run began, as an earlier report.json says, if it can be read."""
+    try:
+        began = door.read_json(file, "")["facts"]["began"]
+    except (OSError, UserError, LookupError, TypeError):
+        return None
+    return began if isinstance(began, str) else None
 
 
 def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -78,6 +94,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "partition": kinds.read(kinds.PartitionFile, run.path / "partition.json").model_dump(),
         "scores": (scores := _scores(run)),
         "best": _best(scores),
+        "samples": samples(run),
         "steps": _of(events, "step"),
         "held_out": _of(events, "held_out"),
         "clients": _of(events, "client"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from fedex_scale.reporting import headers
 from fedex_scale.reporting.chart import Record
 from fedex_scale.reporting.words import Table, count, rows_told, table
 
@@ -47,7 +48,9 @@ def data(records: Sequence[Record]) -> list[Table]:
         more = f" The first 50 of {len(parts)}." if len(parts) > 50 else ""
         whose = f"{run['name']}: " if len(records) > 1 else ""
         about = f"{whose}examples of each client.{more}"
-        found.append(table(["", "examples", *kinds], rows, caption=about))
+        about_kinds = dict.fromkeys(kinds, "Of these, with this value of partition.column.")
+        columns = headers.DATA | about_kinds
+        found.append(table(["", "examples", *kinds], rows, caption=about, about=columns))
         if all(other["partition"] == run["partition"] for other in records):
             found[-1]["caption"] = f"Examples of each client.{more}"
             break
@@ -88,10 +91,17 @@ def _facts(run: Record) -> dict[str, str]:
         f"init: {federation['init']}",
         "training": f"{train['optimizer']}, {train['schedule']} from {train['learning_rate']:g}, "
         f"batches of {train['batch_size']}",
+        "began": _date(known.get("began")),
+        "last written": _date(known.get("updated")),
         "seed": str(config["run"]["seed"]),
         "machine": f"{machine}, {Path(deepspeed).stem if deepspeed else 'plain PyTorch'}",
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) or "not recorded",
     }
+
+
+def _date(text: str | None) -> str:
+    """Return a time as people write it: 2026-11-24 22:41 UTC."""
+    return "not recorded" if text is None else f"{text[:16].replace('T', ' ')} UTC"
 
 
 def _listed(names: str | Sequence[str]) -> str:

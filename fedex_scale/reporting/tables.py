@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedex_scale.aggregation.communication import millions, size
+from fedex_scale.reporting import headers
 from fedex_scale.reporting.chart import Record
 from fedex_scale.reporting.deviations import depth, observations, projection
 from fedex_scale.reporting.settings import facts
@@ -15,6 +16,11 @@ from fedex_scale.runtime.scores import score_text
 SECTIONS = (
     ("glance", "At a glance", ""),
     ("scores", "Scores", ""),
+    (
+        "samples",
+        "Answers",
+        "The same questions before training and after, chosen to show each kind of change.",
+    ),
     ("loss", "Training", ""),
     (
         "deviation",
@@ -76,6 +82,10 @@ def tiles(run: Record) -> list[tuple[str, str]]:
         own = run["communication"][0]
         shown.append((size(own["up_bytes"]), "sent by a client in a round"))
         shown.append((size(own["down_bytes"]), "received by a client in a round"))
+    seconds = sum(client["seconds"] for client in run["clients"])
+    if seconds:
+        rate = sum(client["num_tokens"] for client in run["clients"]) / seconds
+        shown.append((f"{rate:,.0f}", "tokens/s in training"))
     wall = sum(lap["wall_s"] for lap in run["phases"]) or run["seconds"]
     return [*shown, (duration(wall), "wall time")]
 
@@ -101,7 +111,10 @@ def scores(records: Sequence[Record]) -> list[Table]:
             own = best.get(name)
             row.append(f"{score_text(name, own['value'])} ({own['round']})" if own else "-")
         rows.append(row)
-    return [table(["task", "examples", "before", *heads], rows, caption=caption)]
+    about = headers.SCORES | dict.fromkeys(heads, headers.SCORES["after"])
+    about["best round"] = "The best score after any round, and which."
+    head = ["task", "examples", "before", *heads]
+    return [table(head, rows, caption=caption, about=about)]
 
 
 def held_out(records: Sequence[Record]) -> list[Table]:
@@ -131,6 +144,33 @@ def held_out(records: Sequence[Record]) -> list[Table]:
     return found
 
 
+def samples(records: Sequence[Record]) -> list[Record]:
+    """Return questions with their answers before and after, each with its verdict."""
+    shown = []
+    for run in records:
+        for sample in run["samples"]:
+            answers = [
+                {"when": when, "text": sample[key]["text"].strip() or "(nothing)", **verdict}
+                for when, key in (("before", "before"), ("after", "after"))
+                if sample[key]
+                for verdict in (_VERDICTS[sample[key]["right"]],)
+            ]
+            named = f"{run['name']}: " if len(records) > 1 else ""
+            shown.append({**sample, "title": f"{named}{short(sample['task'])}", "answers": answers})
+    return shown if len(records) == 1 else [x for run in records for x in _first_of(run, shown)]
+
+
+_VERDICTS = {
+    True: {"verdict": "right", "mark": "right"},
+    False: {"verdict": "wrong", "mark": "wrong"},
+    None: {"verdict": "", "mark": ""},
+}
+
+
+def _first_of(run: Record, shown: Sequence[Record]) -> list[Record]:
+    return [x for x in shown if x["title"].startswith(f"{run['name']}: ")][:1]
+
+
 def clients(records: Sequence[Record]) -> list[Table]:
     """Return what each client of a run's last round did; of a hundred, the first ones."""
     found = []
@@ -143,6 +183,7 @@ def clients(records: Sequence[Record]) -> list[Table]:
                 f"{client['num_examples']:,}",
                 f"{client['num_steps']:,}",
                 f"{client['first_loss']:.3f} → {client['last_loss']:.3f}",
+                f"{client['num_tokens'] / client['seconds']:,.0f}" if client["seconds"] else "-",
                 duration(client["seconds"]),
             ]
             for client in done[:20]
@@ -150,8 +191,8 @@ def clients(records: Sequence[Record]) -> list[Table]:
         about = f"{run['name']}, round" if len(records) > 1 else "Round"
         about += f" {last}" + f": the first 20 of {len(done)} clients" * (len(done) > 20)
         if rows:
-            head = ["client", "examples", "steps", "loss", "time"]
-            found.append(table(head, rows, caption=about) | {"wide": False})
+            shown = table(list(headers.CLIENTS), rows, caption=about, about=headers.CLIENTS)
+            found.append(shown | {"wide": False})
     return found
 
 
@@ -172,29 +213,28 @@ def deviation(records: Sequence[Record]) -> list[Table]:
                     f"{total['effective_rank']:.1f}",
                 ]
             rows.append([*[run["name"]] * several, str(round["round"]), *values])
-    head = ["round", "of the change", "scaled norm", "cosine", "norm ratio", "drift", "eff. rank"]
-    about = (
-        "All layers together. Residual over the round's ideal change; residual over the root of "
-        "the layers' size; cosine and norm of FedAvg's update against the ideal one; distance "
-        "between clients over their common change; mean effective rank of a layer's residual."
-    )
-    return [table([*["run"] * several, *head], rows, caption=about)] if rows else []
+    about, head = headers.DEVIATION, [*["run"] * several, *headers.DEVIATION]
+    return [table(head, rows, caption="All layers together.", about=about)] if rows else []
 
 
 def observed(records: Sequence[Record]) -> list[Table]:
     """Return quotients of deviations that answer what the paper observed of its models."""
     found = {run["name"]: observations(run) for run in records}
     names = list(dict.fromkeys(name for values in found.values() for name in values))
-    rows = [
-        [name, *(f"{values[name]:.2f}" if name in values else "-" for values in found.values())]
-        for name in names
-    ]
-    about = (
-        "Quotients of scaled norms, each a root mean square. The paper finds the first above 1, "
-        "and the others below."
-    )
+    rows = []
+    for name in names:
+        expected, holds = headers.EXPECTED[name]
+        cells = [
+            f"{values[name]:.2f}, {'as found' if holds(values[name]) else 'not as found'}"
+            if name in values
+            else "-"
+            for values in found.values()
+        ]
+        rows.append([name, expected, *cells])
     heads = list(found) if len(records) > 1 else ["quotient"]
-    return [table(["", *heads], rows, caption=about)] if rows else []
+    about = headers.OBSERVED | dict.fromkeys(heads, headers.OBSERVED["quotient"])
+    caption = "Does what the paper observed hold here?"
+    return [table(["", "the paper", *heads], rows, caption=caption, about=about)] if rows else []
 
 
 def kept(records: Sequence[Record]) -> list[Table]:
@@ -210,8 +250,8 @@ def kept(records: Sequence[Record]) -> list[Table]:
             together = "-" if of_all is None else f"{of_all:.4%}"
             values = [f"{round['kept']:.4%}", together, where] if added else ["-", together, "-"]
             rows.append([*name, str(round["round"]), share if added else "nothing", *values])
-    head = ["round", "added, of the update", "kept", "of all rounds together", "largest part"]
-    return [table([*["run"] * (len(records) > 1), *head], rows)] if rows else []
+    head = [*["run"] * (len(records) > 1), *headers.KEPT]
+    return [table(head, rows, about=headers.KEPT)] if rows else []
 
 
 def communication(records: Sequence[Record]) -> list[Table]:
@@ -230,13 +270,13 @@ def communication(records: Sequence[Record]) -> list[Table]:
             for i, row in enumerate(run["communication"])
             if row["initial"] or row["method"] != "full"
         ]
-        head = ["one client", "rank", "up a round", "down a round", "all rounds", "initial model"]
         about = (
             "arameters and bytes; FedEx's residual has rank (K-1) R, where the paper counts K R."
         )
         about = f"{run['name']}: p{about}" if len(records) > 1 else f"P{about}"
         if rows:
-            found.append(table(head, rows, caption=about))
+            head = list(headers.COMMUNICATION)
+            found.append(table(head, rows, caption=about, about=headers.COMMUNICATION))
     return found
 
 

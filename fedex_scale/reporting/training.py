@@ -1,4 +1,4 @@
-"""Figures of a run's training: scores and losses."""
+"""Figures of a run's scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from fedex_scale.reporting.chart import SERIES, TEXT, Chart, Record, legend
 
@@ -64,60 +64,6 @@ def scores(records: Sequence[Record]) -> Chart | None:
 def _error(score: Record | None) -> float:
     """Return the standard error; NaN, for which no whisker is drawn, where there is none."""
     return math.nan if score is None or score["stderr"] is None else score["stderr"]
-
-
-def loss(record: Record, among: Sequence[Record] = ()) -> Chart | None:
-    """Draw the training loss of each client, one round after another."""
-    lines: dict[tuple[int, int], list[tuple[int, float]]] = {}
-    start, longest, last = 0, 0, 0
-    starts = {}
-    for step in record["steps"]:
-        if step["round"] != last:
-            start, longest, last = start + longest, 0, step["round"]
-            starts[last] = start
-        longest = max(longest, step["step"])
-        line = lines.setdefault((step["client"], step["round"]), [])
-        line.append((start + step["step"], step["loss"]))
-    if not lines:
-        return None
-    clients = sorted({client for client, _ in lines})
-    few = len(clients) <= len(SERIES)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for (client, _), line in lines.items():
-            x, y = zip(*line, strict=True)
-            i = clients.index(client)
-            style = {"color": SERIES[i % 8]} if few else {"color": SERIES[0], "alpha": 0.3}
-            label = f"client {client}" if few and line is _first(lines, client) else None
-            axes.plot(x, y, label=label, marker="o" if len(x) < 3 else None, **style)
-        for round, at in starts.items():
-            if len(starts) > 1 and at:
-                axes.axvline(at + 0.5, color=TEXT, linewidth=0.8, linestyle=":")
-            if 1 < len(starts) <= 6:
-                where = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8}
-                axes.annotate(f" round {round}", (at + 0.5, 1), **where)
-        axes.set_xlabel("optimizer step of a client")
-        highest = max(step["loss"] for run in (record, *among) for step in run["steps"])
-        axes.set_ylim(0, 1.05 * highest)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        legend(figure, axes)
-
-    columns = ("round", "client", "step", "loss", "lr", "tokens")
-    return Chart(
-        name=f"{record['name']}-loss",
-        title="Training loss of each client",
-        caption="Each client starts from the server's model."
-        + " Rounds follow one another." * (len(starts) > 1)
-        + f" {len(clients)} clients, a line each." * (not few),
-        columns=columns,
-        rows=[[step[column] for column in columns] for step in record["steps"]],
-        draw=draw,
-    )
-
-
-def _first(lines: dict[tuple[int, int], list], client: int) -> list:
-    return next(line for (who, _), line in lines.items() if who == client)
 
 
 def short(name: str) -> str:

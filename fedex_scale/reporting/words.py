@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedex_scale.reporting.chart import Record
 from fedex_scale.runtime.scores import score_text
 
 Table = dict[str, Any]
-"""head, rows, caption; facts: cells are text; wide: it takes the page's width."""
+"""head, rows, caption; about: a sentence for each head; facts: cells are text; wide: it takes the
+page's width."""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> Table:
-    """Return a table of numbers; wide if its longest cells would not fit half a page."""
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str = "",
+    about: Mapping[str, str] | None = None,
+) -> Table:
+    """Return a table of numbers; wide if its longest cells would not fit half a page.
+
+    Args:
+        about: what the columns of these heads hold, a sentence each.
+    """
     columns = zip(head, *rows, strict=True)
     wide = sum(max(map(len, column)) + 4 for column in columns) > 80
-    return {"head": head, "rows": rows, "caption": caption, "facts": False, "wide": wide}
+    return {
+        "head": head,
+        "rows": rows,
+        "caption": caption,
+        "about": {name: (about or {}).get(name, "") for name in head},
+        "facts": False,
+        "wide": wide,
+    }
 
 
 def percent(share: float) -> str:

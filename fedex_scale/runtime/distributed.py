@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedex_scale.runtime import launched
 from fedex_scale.runtime.errors import UserError
 
 T = TypeVar("T")
-# What launchers call the number of processes that they start.
-_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def join_group(*, required: bool) -> None:
@@ -30,8 +29,7 @@ def join_group(*, required: bool) -> None:
         UserError: the launcher started more processes than joined, so that each would train
             apart without a word.
     """
-    sizes = [*_SIZE_VARIABLES, *(() if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS",))]
-    expected = max(int(os.environ.get(name) or 1) for name in sizes)
+    expected = launched.num_processes()
     if not dist.is_initialized() and (required or expected > 1):
         alone = "RANK" not in os.environ
         if alone:  # DeepSpeed asks for all five

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fedex_scale.runtime import distributed
+from fedex_scale.runtime import distributed, launched
 from fedex_scale.runtime.errors import UserError
 
 GRACE_S = 10.0
@@ -51,12 +51,18 @@ def handling_signals() -> Iterator[None]:
         yield
         return
     _Asked.number = 0
+    hears, told = socket.socketpair()
+    told.setblocking(False)
+    threading.Thread(target=_acknowledge, args=(hears,), daemon=True).start()
+    heard_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     before = {x: signal.signal(x, _on_signal) for x in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(heard_before)
+        told.close()
 
 
 @contextmanager
@@ -84,6 +90,23 @@ def _on_signal(number: int, frame: object) -> None:
         _Asked.number, _Asked.since = number, time.monotonic()
     if again or not _Asked.deferred:
         raise Stopped(number, "between two steps")
+
+
+def _acknowledge(hears: socket.socket) -> None:
+    """Say at once that a signal came: the main thread may not come to it before a step is done."""
+    with hears:
+        while number := hears.recv(1):
+            name = signal.Signals(number[0]).name
+            if not launched.is_first() or number[0] not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            then = "stopping"
+            if _Asked.deferred:
+                then = (
+                    "this step ends, then the run saves its place and stops; again, after 3 s: "
+                    "it stops at once, and goes on from the last checkpoint"
+                )
+            print(f"{name}: {then}", file=sys.stderr, flush=True)
+            return
 
 
 def watch_peers() -> None:

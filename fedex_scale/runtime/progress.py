@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedex_scale.runtime import distributed, door
+from fedex_scale.runtime.display import PLAIN_LINE_EVERY_S, duration, make_display, scoring
 from fedex_scale.runtime.scores import best_round, score_text
 from fedex_scale.runtime.text import cell, readable
 from fedex_scale.runtime.trackers import Trackers
-
-PLAIN_LINE_EVERY_S = 10.0
 
 
 class Monitor:
     """Shows a run's events on rank 0: a live display on a terminal, plain lines elsewhere.
 
     Every event is a line of `metrics.jsonl` and goes to the trackers; other ranks stay silent.
+
+    Args:
+        plan: the clients of each round, and how many optimizer steps each has.
     """
 
-    def __init__(self, metrics: Path, *, total_steps: int, trackers: Trackers) -> None:
+    def __init__(
+        self, metrics: Path, *, plan: Sequence[Mapping[int, int]], trackers: Trackers
+    ) -> None:
         self.console = Console(highlight=False, quiet=not distributed.is_main())
         self._file = metrics.open("a", encoding="utf-8") if distributed.is_main() else None
         self._trackers = trackers
-        self._total, self._tokens = total_steps, 0
+        self._plan, self._tokens = plan, 0
+        self._total = sum(sum(clients.values()) for clients in plan)
         self._before = _read_events(metrics)
         if distributed.is_main():
             trackers.begin(self._before)
@@ -38,16 +43,8 @@ class Monitor:
         self._start = self._last_line = time.perf_counter()
         self._training_s = 0.0
         self._last_event = self._start
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal or not distributed.is_main(),
-        )
-        self._task = self._progress.add_task("starting", total=total_steps, state="")
+        self._progress = make_display(self.console)
+        self._task = self._progress.add_task("starting", total=self._total, unit="steps", state="")
         self._progress.update(self._task, completed=self._done)
         self._scores: dict[str, dict[int, float]] = {}  # by round
         self._cap_told = False
@@ -85,6 +82,10 @@ class Monitor:
             fields["tokens_per_s"] = fields["tokens"] / took
         self._trackers.log(event, fields)
         self._last_event = time.perf_counter()
+
+    def scoring(self, round: int) -> AbstractContextManager[Callable[[str, int, int], None]]:
+        """Show how far the scoring after a round has come; gives what is to be told of it."""
+        return scoring(self._progress, _when(round), self.say)
 
     def say(self, text: str) -> None:
         """Print a line above the display."""
@@ -124,24 +125,40 @@ class Monitor:
         self._training_s += now - self._last_event
         rate = self._tokens / self._training_s
         left = (self._total - self._done) * self._training_s / (self._done - self._resumed)
-        where = f"round {fields['round']}, client {fields['client']}"
-        state = f"loss {fields['loss']:.3f}, {rate:,.0f} tokens/s, {_duration(left)} left"
+        where = self._where(fields["round"], fields["client"])
+        state = f"loss {fields['loss']:.3f}, {rate:,.0f} tokens/s, {duration(left)} left"
         self._progress.update(self._task, completed=self._done, description=where, state=state)
         if self._progress.disable and now - self._last_line > PLAIN_LINE_EVERY_S:
             self._last_line = now
             self.say(f"{where}, step {fields['step']}/{fields['steps']}: {state}")
 
+    def _where(self, round: int, client: int) -> str:
+        """Return the place in the run: round 2 of 5, client 7 (3 of 4)."""
+        clients = list(self._plan[round - 1])
+        number = clients.index(client) + 1
+        return f"round {round} of {len(self._plan)}, client {client} ({number} of {len(clients)})"
+
     def _client(self, fields: dict[str, Any]) -> None:
+        self._after(fields)
         self.say(
             "round {round}, client {client}: {num_examples} examples, {num_steps} steps, "
             "loss {first_loss:.3f} to {last_loss:.3f} in ".format(**fields)
-            + _duration(fields["seconds"])
+            + duration(fields["seconds"])
         )
 
+    def _after(self, fields: dict[str, Any]) -> None:
+        """Show what follows a client: nothing new until the last one of its round is done."""
+        if fields["client"] == list(self._plan[fields["round"] - 1])[-1]:
+            where = f"round {fields['round']} of {len(self._plan)}: aggregating"
+            self._progress.update(self._task, description=where, state="")
+
     def _failure(self, fields: dict[str, Any]) -> None:
+        self._after(fields)
         self.say(f"warning: {fields['reason']} ({fields['action']})")
 
     def _round(self, fields: dict[str, Any]) -> None:
+        done = f"round {fields['round']} of {len(self._plan)} done"
+        self._progress.update(self._task, description=done)
         line = f"round {fields['round']} aggregated"
         if fields["residual_norm"]:
             share = fields["residual_norm"] / fields["ideal_norm"]
@@ -157,16 +174,14 @@ class Monitor:
             self.say(f"warning: {warning}")
 
     def _eval(self, fields: dict[str, Any]) -> None:
-        when = f"after round {fields['round']}" if fields["round"] else "before training"
         scores = self._add_scores(fields)
         listed = ", ".join(f"{name} {score_text(name, value)}" for name, value in scores.items())
-        self.say(f"{when}: {listed} ({_duration(fields['took_s'])})")
+        self.say(f"{_when(fields['round'])}: {listed} ({duration(fields['took_s'])})")
 
     def _held_out(self, fields: dict[str, Any]) -> None:
-        when = f"after round {fields['round']}" if fields["round"] else "before training"
         self.say(
             "{when}: held-out loss {loss:.4f}, perplexity {perplexity:.2f} ({examples} examples, "
-            "{took})".format(**fields, when=when, took=_duration(fields["took_s"]))
+            "{took})".format(**fields, when=_when(fields["round"]), took=duration(fields["took_s"]))
         )
 
     def _add_scores(self, fields: Mapping[str, Any]) -> dict[str, float]:
@@ -180,20 +195,12 @@ class Monitor:
         return self._before[-1]["seconds"] if self._before else 0.0
 
 
+def _when(round: int) -> str:
+    return f"after round {round}" if round else "before training"
+
+
 def _read_events(metrics: Path) -> list[dict[str, Any]]:
     """Return the events of a run that goes on; none for a new one."""
     if not metrics.exists():
         return []
     return [door.parse_json(line, finite=False) for line in door.read_lines(metrics)]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )

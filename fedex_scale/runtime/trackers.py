@@ -1,4 +1,4 @@
-"""A run's numbers in experiment trackers (TensorBoard, W&B, trackio), through accelerate's."""
+"""A run's numbers in experiment trackers (TensorBoard, W&B, trackio, MLflow), by accelerate's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Trackers:
                 if name == "tensorboard":
                     importlib.import_module("torch.utils.tensorboard")
                 else:
-                    self._start(name, PROJECT, name=self._path.name)
+                    key = "run_name" if name == "mlflow" else "name"
+                    self._start(name, PROJECT, **{key: self._path.name})
             except Exception as error:  # whatever a service or its client may raise
                 raise UserError(
                     f"run.trackers: expected {name} to start, got {type(error).__name__}: "
@@ -88,11 +89,29 @@ class Trackers:
             self._send("rounds", kept, fields["round"])
         elif event == "eval":
             self._send("scores", {k: v for k, v in numbers.items() if "/" in k}, fields["round"])
-
         elif event == "held_out":
             each = {f"{name}/loss": loss for name, loss in fields["clients"].items()}
             kept = {k: fields[k] for k in ("loss", "perplexity")}
             self._send("held_out", kept | each, fields["round"])
+
+    @property
+    def keep_files(self) -> bool:
+        """Whether `keep` has somebody to give a file to."""
+        return any(tracker.name in ("wandb", "mlflow") for tracker in self._open)
+
+    def keep(self, file: Path) -> None:
+        """Give a file to the trackers that keep such: W&B and MLflow, as an artifact."""
+        for tracker in self._open:
+            if tracker.name == "wandb":
+                import wandb
+
+                artifact = wandb.Artifact(f"report-{self._path.name}", type="report")
+                artifact.add_file(str(file))
+                tracker.tracker.log_artifact(artifact)
+            elif tracker.name == "mlflow":
+                import mlflow
+
+                mlflow.log_artifact(str(file))
 
     def _start(self, name: str, project: str, /, **options: Any) -> None:
         from accelerate import PartialState

@@ -28,7 +28,7 @@ from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building
 from fedex_scale.scoring import stock_tasks
-from fedex_scale.scoring.spread import spread_requests
+from fedex_scale.scoring.spread import Tell, spread_requests, tell_nobody
 from fedex_scale.tasks.predict import is_partitioned
 
 if TYPE_CHECKING:
@@ -84,25 +84,33 @@ def check_batch_size(section: EvaluationSection, *, partitioned: bool) -> None:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, section: EvaluationSection
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    section: EvaluationSection,
+    tell: Tell = tell_nobody,
 ) -> dict[str, Any]:
     """Return lm-eval's results on rank 0, nothing elsewhere; every rank must take part.
 
     Each example is answered on one rank. Random state and training mode are left as they were.
 
+    Args:
+        tell: called after each of this rank's answers.
+
     Raises:
         UserError: settings that cannot work together.
     """
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     check_batch_size(section, partitioned=is_partitioned(model))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # The commit of whatever repository one stands in says nothing, and git complains where none is.
+    evaluator.get_git_commit_hash = lambda: None
     with as_it_was(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=_wants_bos(model))
-        spread_requests(lm, section.batch_size)
+        spread_requests(lm, section.batch_size, tell)
         manager = _task_manager(section)
-        results = lm_eval.simple_evaluate(
+        results = evaluator.simple_evaluate(
             model=lm,
             tasks=[_spec(name, section, manager, Path(scratch)) for name in section.tasks],
             task_manager=manager,

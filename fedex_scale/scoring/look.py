@@ -18,6 +18,7 @@ from fedex_scale.runtime import distributed
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.scoring import asked, evaluation, held_out
 from fedex_scale.scoring.loss import held_out_loss
+from fedex_scale.scoring.spread import Tell
 from fedex_scale.tasks.all import Lesson
 
 
@@ -42,8 +43,12 @@ class Look:
         anything = anything or self.lesson.score is not None
         return bool(anything) and section.due(round, self.config.federation.rounds)
 
-    def at(self, model: nn.Module, round: int, monitor: Monitor) -> None:
-        """Look at the model as it is after a round, and write and tell what is seen."""
+    def at(self, model: nn.Module, round: int, monitor: Monitor, tell: Tell) -> None:
+        """Look at the model as it is after a round, and write and tell what is seen.
+
+        Args:
+            tell: told how far lm-eval has come.
+        """
         if self.lesson.clients.held_out:
             began = time.perf_counter()
             size = self.config.train.micro_batch_size
@@ -54,7 +59,7 @@ class Look:
         began = time.perf_counter()
         results: dict[str, Any] = {}
         if self.config.evaluation.tasks:
-            results = evaluation.evaluate(model, self.tokenizer, self.config.evaluation)
+            results = evaluation.evaluate(model, self.tokenizer, self.config.evaluation, tell)
         if self.lesson.score is not None:
             own = held_out.evaluate(model, self.lesson.score, self.config.evaluation)
             results = held_out.merged(results, own)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, base_directory
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
+from fedex_scale.runtime.display import make_display, scoring
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import check_out
 from fedex_scale.runtime.text import cell
@@ -63,12 +65,35 @@ def find_subject(
     """Return what to score: a run's final model, or a model with or without an adapter.
 
     Args:
+        asked: values of `evaluation` to use; of a run, the others are the run's own.
+        name, adapter, dtype, trust_remote_code: as for `find_model`.
+
+    Raises:
+        UserError: nothing to score it on, or as `find_model` does.
+    """
+    subject = find_model(name, adapter, asked, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not subject.section.tasks:
+        raise UserError("--suite: expected at least one task, such as fedex_gsm8k, got none")
+    return dataclasses.replace(subject, out=_free(subject.out))
+
+
+def find_model(
+    name: str,
+    adapter: Path | None,
+    asked: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Subject:
+    """Return a run's final model, or a model with or without an adapter.
+
+    Args:
         name: a run's directory, a model's directory, or a hub id.
         adapter: in place of the run's final adapter.
         asked: values of `evaluation` to use; of a run, the others are the run's own.
         dtype: to compute in; none: the run's own, or as `model.dtype: auto` chooses.
         trust_remote_code: run Python code that comes with the model. A run's own config cannot
-            ask for it: whoever made the run is not who scores it.
+            ask for it: whoever made the run is not who uses it.
 
     Raises:
         UserError: an unfinished run, one without its changed base, or an adapter for another base.
@@ -84,11 +109,9 @@ def find_subject(
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype}")
         subject = dataclasses.replace(subject, model=replace(subject.model, dtype=dtype))
-    if not subject.section.tasks:
-        raise UserError("--suite: expected at least one task, such as fedex_gsm8k, got none")
     if subject.adapter is not None:
         _check_adapter(subject.adapter, subject.model)
-    return dataclasses.replace(subject, out=_free(subject.out))
+    return subject
 
 
 def score(subject: Subject, out: Path) -> dict[str, Any]:
@@ -102,7 +125,9 @@ def score(subject: Subject, out: Path) -> dict[str, Any]:
     model, device = distributed.together(lambda: load(subject)), distributed.device()
     if subject.model.quantization == "none":
         model.to(device)
-    results = evaluation.evaluate(model, tokenizer, subject.section)
+    display = make_display(Console(highlight=False))
+    with display, scoring(display, Path(subject.model.path).name, print) as tell:
+        results = evaluation.evaluate(model, tokenizer, subject.section, tell)
     if results:
         parts = {"pretrained": subject.model.path, "peft": subject.adapter}
         given = ",".join(f"{key}={value}" for key, value in parts.items() if value)

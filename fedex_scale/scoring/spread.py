@@ -23,16 +23,24 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
 BatchSize = int | Literal["auto"]
+Tell = Callable[[str, int, int], None]
+"""Told of what is scored, how many of this rank's prompts are answered, and of how many."""
 AUTO_ON_GPU, AUTO_ON_CPU = 64, 16  # tried first; memory that runs out can be caught on a GPU only
 
 
-def spread_requests(lm: HFLM, batch_size: BatchSize) -> None:
+def tell_nobody(what: str, done: int, total: int) -> None:
+    """Stand in where nobody looks on."""
+
+
+def spread_requests(lm: HFLM, batch_size: BatchSize, tell: Tell = tell_nobody) -> None:
     """Let `lm` answer its requests together with the other ranks.
 
     Args:
         lm: holds the model, whole on each rank or partitioned over them by ZeRO-3.
         batch_size: auto: as many as fit, by halving when memory runs out.
+        tell: called after each answer of this rank.
     """
+    lm.cache_hook = _Answered(tell)
     in_step = distributed.world_size() > 1 and is_partitioned(lm.model)
     if in_step:
         _wait_for_each_other(lm)
@@ -46,9 +54,26 @@ def spread_requests(lm: HFLM, batch_size: BatchSize) -> None:
         setattr(lm, name, answer)
 
 
+class _Answered:
+    """Counts answers in the place where lm-eval would keep each, once it has it."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._what, self._done, self._total = tell, "", 0, 0
+
+    def begin(self, requests: Sequence[Instance]) -> None:
+        tasks = {str(request.task_name) for request in requests}
+        self._what = tasks.pop() if len(tasks) == 1 else f"{len(tasks)} tasks"
+        self._done, self._total = 0, len(requests)
+        self._tell(self._what, 0, self._total)
+
+    def add_partial(self, *_: object) -> None:
+        self._done += 1
+        self._tell(self._what, min(self._done, self._total), self._total)
+
+
 def _answer(
     lm: HFLM,
-    answer: Callable[[list[Instance]], list],
+    answer: Callable[..., list],
     deal: Callable[..., list[list[int]]],
     finish: Callable[[], None],
     batch_size: BatchSize,
@@ -60,6 +85,7 @@ def _answer(
     batches = deal(lm, requests, lm.batch_size_per_gpu)
     mine = batches[distributed.rank() :: distributed.world_size()]
     chosen = [index for batch in mine for index in batch]
+    lm.cache_hook.begin([requests[i] for i in chosen])
     answers = _as_many_as_fit(lm, answer, [requests[i] for i in chosen], batch_size == "auto")
     finish()
     by_index = dict(zip(chosen, answers, strict=True))
@@ -71,12 +97,12 @@ def _answer(
 
 
 def _as_many_as_fit(
-    lm: HFLM, answer: Callable[[list[Instance]], list], requests: list[Instance], auto: bool
+    lm: HFLM, answer: Callable[..., list], requests: list[Instance], auto: bool
 ) -> list:
     """Answer the requests, longest first; where that runs out of memory, in smaller batches."""
     while requests:
         try:
-            return answer(requests)
+            return answer(requests, disable_tqdm=True)
         except torch.OutOfMemoryError:
             if not auto or lm.batch_size_per_gpu == 1:
                 raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedex_scale.config.federation import MethodName
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 SERVER_FILE, CLIENT_FILE = "server.json", "client.json"
@@ -103,9 +105,7 @@ T = TypeVar("T", bound=_Told)
 def read_told(kind: type[T], path: Path, remedy: str) -> T:
     """Return what a JSON file from elsewhere says, or raise a UserError that names it."""
     try:
-        if not path.is_file() or path.is_symlink() or path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path}: expected a file, found none that can be read; {remedy}")
-        tree = json.loads(path.read_bytes())
+        tree = door.read_json(path, remedy, most=_MAX_JSON_BYTES, inside=path.parent)
         return kind.model_validate_json(json.dumps(tree))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
@@ -113,8 +113,6 @@ def read_told(kind: type[T], path: Path, remedy: str) -> T:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {where[:100]!r}: {first['msg']}; {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({str(error)[:200]}); {remedy}") from None
 
 
 def read_sent(directory: Path) -> tuple[Sent, str]:
@@ -174,7 +172,7 @@ def write_sent(directory: Path, fields: Mapping[str, Any]) -> Sent:
 
 def digest_of(path: Path) -> str:
     """Return a file's SHA-256."""
-    with path.open("rb") as file:
+    with door.opened(path) as file:
         digest = hashlib.sha256()
         while block := file.read(_BLOCK):
             digest.update(block)
@@ -212,10 +210,10 @@ def _text_of(sent: Sent) -> str:
 
 def _copy(source: Path, target: Path, size: int) -> str | None:
     """Copy a file of a size and return its SHA-256, or None if it is none of that size."""
-    if not source.is_file() or source.is_symlink() or source.stat().st_size != size:
-        return None
     digest, left = hashlib.sha256(), size
-    with source.open("rb") as file, target.open("wb") as out:
+    with door.opened(source, inside=source.parent) as file, target.open("wb") as out:
+        if os.fstat(file.fileno()).st_size != size:
+            return None
         while block := file.read(min(_BLOCK, left + 1)):
             left -= len(block)
             if left < 0:

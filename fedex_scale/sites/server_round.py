@@ -35,6 +35,7 @@ from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import LowRank
 from fedex_scale.rounds import client_weights
 from fedex_scale.run import make_directory
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
 from fedex_scale.runtime.outputs import write_file
@@ -187,7 +188,7 @@ def _aggregate(
 def _tell_examples(run: RunDir, taken: Taken) -> None:
     """Keep in partition.json what is known of the sites' data: how many examples they told of."""
     path = run.path / "partition.json"
-    known = json.loads(path.read_text())["clients"]
+    known = door.read_json(path, "restore the files of this run")["clients"]
     for update in taken.updates:
         known[update.client] = {"num_examples": update.num_examples}
     write_file(path, json.dumps({"clients": known}, indent=2) + "\n")
@@ -214,9 +215,9 @@ def _events(number: int, taken: Taken, summary: dict[str, Any]) -> list[dict[str
 
 def _log(run: RunDir, number: int, events: list[dict[str, Any]], began: float) -> None:
     """Add a round's lines to metrics.jsonl, in place of those of an attempt that did not end."""
-    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
-    before = [line for line in lines if json.loads(line)["round"] < number]
-    last = json.loads(before[-1])["seconds"] if before else 0.0
+    lines = door.read_lines(run.metrics) if run.metrics.exists() else ()
+    before = [line.decode() for line in lines if door.parse_json(line)["round"] < number]
+    last = door.parse_json(before[-1])["seconds"] if before else 0.0
     seconds = round(last + time.perf_counter() - began, 3)
     new = [json.dumps({"seconds": seconds, **event}) for event in events]
     write_file(run.metrics, "\n".join([*before, *new]) + "\n")

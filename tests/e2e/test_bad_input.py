@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi, constants
 from tiny import SIZES
 from transformers import AutoConfig
 
@@ -33,6 +35,8 @@ CASES = {
     "evaluation.tasks=[my/task.yaml]": "its directory in evaluation.include_path",
     "partition={kind: sites, files: nowhere}": "data.path: expected left out with partition.files",
     "no_equals_sign": "expected section.key=value",
+    "model.attention=flash_attention_2": "FlashAttention2",
+    "--train.learning_rate=1e-4": "settings are given without dashes: train.learning_rate=VALUE",
 }
 
 
@@ -47,6 +51,62 @@ def test_one_line_and_code_2(
     assert len(lines) == 1
     assert CASES[override] in lines[0]
     assert not (runs_of(tiny_config) / "bad").exists()
+
+
+def test_a_config_without_its_option_is_hinted_at(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(tiny_config)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: run: expected --config {tiny_config}, got {tiny_config}; add it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [("truncated", "its weights are damaged"), ("tokenizer", "no tokenizer.json is there")],
+)
+def test_a_model_that_lacks_something_is_one_line(
+    harm: str,
+    reason: str,
+    tiny_config: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    if harm == "truncated":
+        for file in model.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-100])
+    else:
+        for file in model.glob("tokenizer*"):
+            file.unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), "run.name=bad", f"model.path={model}"])
+    assert ended.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert reason in line
+    assert not (runs_of(tiny_config) / "bad").exists()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(self: HfApi, *_: object, **__: object) -> None:
+        asked.append(1)
+        raise ConnectionError("Connection refused")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), "run.name=bad", "model.path=org/none"])
+    assert ended.value.code == 2
+    assert "org/none is neither a directory nor in the hub's cache" in capsys.readouterr().err
+    assert asked == [1]
 
 
 def test_another_models_tokenizer_is_one_line(

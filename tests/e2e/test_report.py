@@ -61,6 +61,7 @@ def test_figures_are_saved_with_their_numbers(single: Path) -> None:
         kinds = {file.suffix for file in files if file.stem == name}
         assert kinds == {".csv", ".png", ".svg"}
     rows = (single.parent / "plots" / "fedex-loss.csv").read_text().splitlines()
+    assert "fedex-learning-rate" in names
     assert rows[0] == "round,client,step,loss,lr,tokens"
     assert len(rows) == 1 + 2 * 3  # rounds and clients, with a step each
 
@@ -88,16 +89,21 @@ def test_browser_shows_it_without_an_error_or_a_request(
 
 
 @needs_browser
+@pytest.mark.parametrize("width", [375, 1200])
 @pytest.mark.parametrize("which", ["single", "comparison"])
-def test_a_phone_need_not_scroll_sideways(
-    which: str, request: pytest.FixtureRequest, tmp_path: Path
+def test_nothing_is_cut_and_nobody_scrolls_sideways(
+    which: str, width: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     text = request.getfixturevalue(which).read_text(encoding="utf-8")
-    script = "<script>console.log(`width ${document.documentElement.scrollWidth}`)</script>"
+    script = (
+        "<script>const cut = [...document.querySelectorAll('.scroll')]"
+        ".filter(x => x.scrollWidth > x.clientWidth).length;"
+        "console.log(`width ${document.documentElement.scrollWidth}, cut ${cut}`)</script>"
+    )
     (tmp_path / "page.html").write_text(text.replace("</body>", f"{script}</body>"))
-    frame = '<iframe src="page.html" style="width:375px;height:800px;border:0"></iframe>'
-    (tmp_path / "phone.html").write_text(frame)
-    assert visit(tmp_path / "phone.html", tmp_path).console == ["width 375"]
+    frame = f'<iframe src="page.html" style="width:{width}px;height:800px;border:0"></iframe>'
+    (tmp_path / "frame.html").write_text(frame)
+    assert visit(tmp_path / "frame.html", tmp_path).console == [f"width {width}, cut 0"]
 
 
 @needs_browser

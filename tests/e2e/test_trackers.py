@@ -133,6 +133,7 @@ def test_wandb(tiny_config: Path, tmp_path: Path) -> None:
             if axis in row:
                 read[name].append((row[axis], value))
     check(read, run)
+    assert b"report-with_wandb" in file.read_bytes()
     assert {(f"{x}/*", f"{x}/step") for x in (*CLIENTS, "rounds", "scores")} <= axes
 
 
@@ -155,6 +156,33 @@ def test_trackio(tiny_config: Path, tmp_path: Path) -> None:
         for name in row.keys() - {"step", "timestamp"}:
             read[name].append((row["step"], row[name]))
     check(read, run)
+
+
+def test_mlflow(tiny_config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = run_tracked(tiny_config, tmp_path, "mlflow", MLFLOW_TRACKING_URI=address)
+    program = (
+        "import json; from mlflow import MlflowClient; client = MlflowClient()\n"
+        "(experiment,) = client.search_experiments(filter_string=\"name = 'fedex-scale'\")\n"
+        "(run,) = client.search_runs([experiment.experiment_id])\n"
+        "points = {name: [(x.step, x.value) for x in client.get_metric_history(run.info.run_id, "
+        "name)] for name in run.data.metrics}\n"
+        "files = [x.path for x in client.list_artifacts(run.info.run_id)]\n"
+        "print(json.dumps([run.info.run_name, run.info.status, run.data.params, points, files]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": address},
+        cwd=tmp_path,
+    )
+    name, status, parameters, points, files = json.loads(done.stdout.splitlines()[-1])
+    assert (name, status, files) == ("with_mlflow", "FINISHED", ["report.html"])
+    assert parameters["train.learning_rate"] == "0.001"
+    check(points, run)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -37,9 +37,9 @@ CALLS: Counter[str] = Counter()
 
 def main(kind: str, count: str, rank: str, *arguments: str) -> None:
     from fedex_scale import cli
-    from fedex_scale.runtime import distributed
+    from fedex_scale.runtime import distributed, process
 
-    cli._set_up_libraries()
+    process.set_up_libraries()
     is_victim = os.environ.get("RANK", "0") == rank
     if kind == "count":
         watch(tuple(MOMENTS), lambda kind: None)

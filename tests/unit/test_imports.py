@@ -26,6 +26,7 @@ ROOMS = (
     "sites",
     "flower",
     "run",
+    "afterwards",
     "planning",
     "rounds",
     "federation",

@@ -146,7 +146,7 @@ def test_wrong_types_say_what_was_expected(load, override: str, message: str) ->
         ("run.name=..", "a plain name"),
         ("run.name=.", "a plain name"),
         ("run.name=''", "a plain name"),
-        ("run.trackers=[mlflow]", "a list of any of tensorboard, wandb, trackio, got ['mlflow']"),
+        ("run.trackers=[dvc]", "a list of any of tensorboard, wandb, trackio, mlflow, got ['dvc']"),
         ("run.profile_steps=[3, 0]", "a list of whole numbers of at least 1, got [3, 0]"),
         ("lora.rank=0", "a whole number of at least 1, got 0"),
         ("lora.alpha=0", "a number above 0"),

@@ -77,7 +77,7 @@ def test_the_template_holds_every_default_and_loads(tmp_path: Path) -> None:
         ("evaluation.batch_size=auto", True),
         ("evaluation.batch_size=some", False),
         ("run.trackers=[wandb]", True),
-        ("run.trackers=[mlflow]", False),
+        ("run.trackers=[comet]", False),
         ("unknown.key=1", False),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from heads import write_head_config
-from resuming import assert_same_result, events, write_config
+from resuming import assert_same_result, differing, events, write_config
 
 from fedex_scale.federation import checkpoint
 from fedex_scale.federation.saves import Saver
@@ -147,13 +147,43 @@ def test_a_finished_run_is_left_alone(config: Path, capsys: pytest.CaptureFixtur
     assert sorted((x, x.stat().st_mtime_ns) for x in done.path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("case", ["side", "planes", "overflow"])
+def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_its_beginning(
+    case: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*CASES[case], "partition.num_clients=2"]
+    whole = run(config, f"{case}-three", *options, "federation.rounds=3")
+    part = run(config, f"{case}-one", *options, "federation.rounds=1")
+    capsys.readouterr()
+    run(config, f"{case}-one", *options, "federation.rounds=3", resume=True)
+    assert "federation.rounds: 1, now 3; final/ is made anew" in capsys.readouterr().out
+    # What a full side adapter would need is told of as many rounds as the run is to have.
+    words = {"round-0001/aggregate.json", "metrics.jsonl"} if case == "overflow" else set()
+    assert set(differing(whole.path, part.path)) <= words
+    kept = yaml.safe_load((part.path / "config.yaml").read_text())
+    assert kept["federation"]["rounds"] == 3
+    assert kept["run"]["resume"] == "never"
+
+
+def test_how_far_a_run_may_be_shortened(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        interrupt_after(patch, 11)
+        run(config, "shorter", "federation.rounds=3")  # in its second round
+    with pytest.raises(UserError, match=r"federation\.rounds: expected at least 2, .* got 1"):
+        run(config, "shorter", "federation.rounds=1", resume=True)
+    shorter = run(config, "shorter", "federation.rounds=2", resume=True)
+    assert_same_result(run(config, "two").path, shorter.path)
+
+
 def test_changed_settings(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch, suppress(Interrupted):
         interrupt_after(patch, 4)
         run(config, "changed")
-    with pytest.raises(UserError, match=r"other settings: lora\.alpha, run\.seed; set them back"):
+    with pytest.raises(
+        UserError, match=r"other settings: lora\.alpha, run\.seed; set .* federation\.rounds"
+    ):
         run(config, "changed", "lora.alpha=9", "run.seed=3", resume=True)
     rows = Path(yaml.safe_load(config.read_text())["data"]["path"])
     before = rows.read_text()

@@ -10,7 +10,10 @@ import pytest
 from resuming import write_config
 
 from fedex_scale.cli import main
+from fedex_scale.config.load import load_config
 from fedex_scale.planning import doctor
+from fedex_scale.planning.choice import make_plan
+from fedex_scale.planning.machine import this_machine
 
 
 def examine(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str]]:
@@ -35,6 +38,14 @@ def test_a_sound_config(config: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, lines = examine(capsys, "--config", config)
     assert code == 0, lines
     assert "ok    model: can be used" in lines
+
+
+def test_it_and_a_plan_say_the_same(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines = examine(capsys, "--config", config)
+    planned = make_plan(load_config(config), this_machine()).chosen
+    for place, name in (("host", "RAM"), ("disk", "disk")):
+        (line,) = [line for line in lines if f"  {name}: " in line]
+        assert line.endswith(f", {planned.total(place) / 1e9:.2f} GB needed")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from resuming import write_config
 
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.reporting import costs, deviations, record, training, words
+from fedex_scale.reporting import costs, deviations, losses, record, samples, tables, words
 from fedex_scale.reporting.page import write_report
 from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
@@ -129,7 +129,7 @@ def test_a_place_that_cannot_be_written_is_named(runs: Runs, tiny_llama: Path) -
 
 def test_figures_take_the_pages_colours(runs: Runs, tiny_llama: Path) -> None:
     run = record.gather(RunDir(runs(tiny_llama)))
-    charts = [training.loss(run), deviations.by_depth(run), costs.seconds_by_phase(run)]
+    charts = [losses.loss(run), deviations.by_depth(run), costs.seconds_by_phase(run)]
     for chart in charts:
         svg = chart.svg()
         assert "var(--s1)" in svg
@@ -150,11 +150,103 @@ def test_runs_beside_each_other_share_a_scale(runs: Runs, tiny_llama: Path) -> N
     assert beside[1] == pytest.approx(10 * alone[1])
 
 
-def test_many_clients_are_drawn_without_a_legend(runs: Runs, tiny_llama: Path) -> None:
+def steps_of(ends: list[float], *, start: float = 3.0, length: int = 4) -> list[dict]:
+    """Return one round's steps of clients whose loss goes straight from a start to an end."""
+    return [
+        {
+            "round": 1,
+            "client": client,
+            "step": step,
+            "loss": start + (end - start) * (step - 1) / (length - 1),
+            "lr": 0.1 * step,
+            "tokens": 10,
+        }
+        for client, end in enumerate(ends)
+        for step in range(1, length + 1)
+    ]
+
+
+def test_many_clients_are_a_band_with_the_extremes_named() -> None:
+    ends = [2.0 + client / 100 for client in range(20)]
+    ends[7], ends[11] = 2.9, 1.5
+    run = {"name": "x", "steps": steps_of(ends)}
+    figure = losses.loss(run).figure
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == [
+        "all 20 clients",
+        "median",
+        "client 11, lowest at the end",
+        "client 7, highest at the end",
+    ]
+    (band,) = figure.axes[0].collections
+    corners = band.get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((1.5, 3.0))
+    few = losses.loss({"name": "x", "steps": steps_of(ends[:8])}).figure
+    assert len(few.legends[0].get_texts()) == 8
+
+
+def test_slow_learning_fills_the_axis() -> None:
+    run = {"name": "x", "steps": steps_of([2.99], start=3.0)}
+    low, high = losses.loss(run).figure.axes[0].get_ylim()
+    assert 2.98 < low < 2.99
+    assert 3.0 < high < 3.01
+
+
+def test_losses_of_runs_lie_over_each_other_as_means_over_clients() -> None:
+    runs = [
+        {"name": name, "steps": steps_of(ends)} for name, ends in {"a": [1, 2], "b": [2, 3]}.items()
+    ]
+    chart = losses.losses_compared(runs)
+    assert [row for row in chart.rows if row[1] == 4] == [("a", 4, 1.5), ("b", 4, 2.5)]
+    assert [text.get_text() for text in chart.figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_answers_show_each_kind_of_change_and_no_control_characters(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    right = {0: [0, 0, 0, 0, 1], 2: [0, 0, 1, 1, 0]}
+    for round, verdicts in right.items():
+        run.evaluation(round).mkdir(parents=True)
+        rows = [
+            {"task": "t", "filter": "none", "doc_id": i, "prompt": f"question {i} \x1b[31m"}
+            | {"output": [f"answer {i} of {round}" + "x" * 5000], "target": str(i)}
+            | {"verdict": {"exact_match": float(verdict)}}
+            for i, verdict in enumerate(verdicts)
+        ]
+        rows.insert(2, {"task": "t", "doc_id": 9, "prompt": "p", "output": [[-1.5, True]]})
+        text = "\n".join(map(json.dumps, rows)) + '\n{"cut'
+        (run.evaluation(round) / "samples.jsonl").write_text(text)
+    found = samples.samples(run)
+    assert [x["target"] for x in found] == ["0", "2", "4"]
+    assert [(x["before"]["right"], x["after"]["right"]) for x in found] == [
+        (False, False),
+        (False, True),
+        (True, False),
+    ]
+    assert found[1]["after"]["text"].startswith("answer 2 of 2")
+    assert all(len(x["after"]["text"]) < 1000 for x in found)
+    assert "\x1b" not in json.dumps(found).replace("\\u001b", "\x1b")
+
+
+def test_a_quotient_has_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"Q over V": 1.57, "last round over first": 1.36}
+    monkeypatch.setattr(tables, "observations", lambda run: values)
+    (table,) = tables.observed([{"name": "x"}])
+    assert table["rows"] == [
+        ["Q over V", "above 1", "1.57, as found"],
+        ["last round over first", "below 1", "1.36, not as found"],
+    ]
+
+
+def test_every_head_of_a_table_is_explained(runs: Runs, tiny_llama: Path, tmp_path: Path) -> None:
     run = record.gather(RunDir(runs(tiny_llama)))
-    steps = [step | {"client": client} for client in range(200) for step in run["steps"]]
-    figure = training.loss(run | {"steps": steps}).figure
-    assert not figure.legends
+    for make in (tables.clients, tables.deviation, tables.observed, tables.kept):
+        for table in make([run]):
+            heads = [head for head in table["head"] if head]
+            assert all(table["about"][head] for head in heads), heads
+    text = write_report([runs(tiny_llama)], tmp_path).read_text(encoding="utf-8")
+    assert "UTC" in text
+    assert "cosine from 0.001" in text
+    assert "The prompt as trained" in text
 
 
 @pytest.mark.parametrize(
