@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
 from fedex_scale.data.encode import begin_tokens
 from fedex_scale.data.prompts import schema_of
@@ -52,12 +51,13 @@ class Talker:
         if form not in FORMS:
             raise UserError(f"--prompt: expected one of {', '.join(FORMS)}, got {form}")
         self.name = run.path.resolve().name
-        self._trained = _trained_prompt(run, load_config(run.path / "config.yaml"))
+        self._trained, template = _trained_on(run, run.config())
         self.has_before, adapter = _adapter_for(run)
         subject = post_hoc.find_model(
             str(run.path), adapter, {}, dtype=dtype, trust_remote_code=trust_remote_code
         )
         self._tokenizer = models.load_tokenizer(subject.model)
+        self._tokenizer.chat_template = template or self._tokenizer.chat_template
         self.form = self._form(form)
         self._model = post_hoc.load(subject).eval()
         if subject.model.quantization == "none":
@@ -157,15 +157,16 @@ class Talker:
         return begin_tokens(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _trained_prompt(run: RunDir, config: Config) -> str | None:
-    """Return the prompt around an instruction of the training data; None where it was a chat."""
+def _trained_on(run: RunDir, config: Config) -> tuple[str | None, str | None]:
+    """Return the prompt around an instruction of the training data, None where it was a chat, and
+    the chat template, None where it was the tokenizer's."""
     data, file = config.data, run.path / "partition.json"
     with reading(file, "restore the files of this run"):
         told = kinds.read(kinds.PartitionFile, file).model_dump()
     known = schema_of(data, told.get("schema", data.schema))
     if known.as_chat:
-        return None
-    return known.prompt if known.instruction else "{instruction}"
+        return None, told.get("chat_template")
+    return known.prompt if known.instruction else "{instruction}", None
 
 
 def _adapter_for(run: RunDir) -> tuple[bool, Path | None]:
