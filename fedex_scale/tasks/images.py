@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import MASKED
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.tasks import rows as reading
 from fedex_scale.tasks.interface import ModelKind, Scores, Task
@@ -27,6 +28,7 @@ from fedex_scale.tasks.labels import class_scores
 from fedex_scale.tasks.predict import predictions
 
 IMAGES = {"auto": "AutoModelForImageClassification", "task_type": None}
+MAX_BYTES = 2**28  # of an image's file
 SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split())
 # What an image is converted to three channels from, transparent parts becoming white.
 MODES = frozenset("1 L LA P PA RGB RGBA".split())
@@ -171,7 +173,7 @@ def _examples(
 def _check(source: str | bytes, name: str) -> bytes:
     """Return the SHA-256 of a file, or raise a UserError where it is no image that can be used."""
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = _bytes_of(source)
         with _open(data) as image:
             image.load()
             mode = image.mode
@@ -189,7 +191,11 @@ def _check(source: str | bytes, name: str) -> bytes:
 
 
 def _open(source: str | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return Image.open(io.BytesIO(_bytes_of(source)))
+
+
+def _bytes_of(source: str | bytes) -> bytes:
+    return source if isinstance(source, bytes) else door.read_bytes(source, most=MAX_BYTES)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
