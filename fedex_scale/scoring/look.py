@@ -63,7 +63,7 @@ class Look:
         if self.lesson.score is not None:
             own = held_out.evaluate(model, self.lesson.score, self.config.evaluation)
             results = held_out.merged(results, own)
-        if results:
+        if self.config.evaluation.tasks or self.lesson.score is not None:  # on every rank
             folder = self.run.evaluation(round)
             # A run that was killed may have written it before its place was saved.
             distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
