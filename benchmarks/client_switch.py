@@ -33,9 +33,10 @@ from fedex_scale.config.settings import Config, RunSection
 from fedex_scale.data.batching import Examples
 from fedex_scale.engine.build import Engine
 from fedex_scale.federation import client, saves
+from fedex_scale.federation.directory import make_directory
 from fedex_scale.federation.saves import Saver
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.run import engine_for, make_directory
+from fedex_scale.run import engine_for
 from fedex_scale.tasks.instruct import Tokens
 
 LORA = LoraSection(rank=32, alpha=16)

@@ -30,13 +30,14 @@ from fedex_scale.engine.models import check_packing, load_tokenizer
 from fedex_scale.federation import checkpoint, server
 from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import num_steps, read_update
+from fedex_scale.federation.directory import check_shared, make_directory
 from fedex_scale.federation.facts import ModelFacts
 from fedex_scale.federation.saves import FREE, Saver
 from fedex_scale.federation.state import Place, ServerState
 from fedex_scale.files.adapters import Adapter, AdapterWriter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.rounds import train
-from fedex_scale.run import check_shared, engine_with, load_lesson, make_directory
+from fedex_scale.run import engine_with, load_lesson
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors

@@ -145,8 +145,8 @@ def test_every_file_is_on_disk_before_its_name(tmp_path: Path, monkeypatch) -> N
 
 
 def test_two_runs_of_one_name(tmp_path: Path) -> None:
+    from fedex_scale.federation.directory import held
     from fedex_scale.files.run_dir import RunDir
-    from fedex_scale.run import held
 
     run = RunDir(tmp_path / "runs" / "mine")
     refused = pytest.raises(UserError, match=f"process {os.getpid()} is at work there")

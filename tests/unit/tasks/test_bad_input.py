@@ -100,8 +100,9 @@ def test_a_weight_that_would_stay_as_drawn_is_no_base(config: Path, tmp_path: Pa
 
 
 def test_another_head_than_the_run_began_with(config: Path, tmp_path: Path) -> None:
+    from fedex_scale.federation.directory import check_head
     from fedex_scale.files.adapters import Adapter
-    from fedex_scale.run import check_head, run_config
+    from fedex_scale.run import run_config
 
     run = run_config(config, ["run.name=begun", "federation.rounds=1", "evaluation.before=false"])
     adapter = Adapter(run / "server/round-0000/adapter")
