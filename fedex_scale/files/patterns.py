@@ -96,12 +96,33 @@ def _is_literal(pattern: str) -> bool:
 
 
 def _is_plain(pattern: str) -> bool:
-    """Return whether the engine's bound on time holds: no counts of groups, no recursion."""
+    """Return whether the engine's bound on time holds: no counts of groups, no recursion.
+
+    And no repeats within repeats, for which it takes gigabytes in that time.
+    """
     counts = re.findall(r"(?<![)])\{\d{1,2}(?:,\d{1,2})?\}", pattern)
     if len(counts) != pattern.count("{") or len(counts) > 4:
         return False
     groups = re.findall(r"\(\?(?::|=|!|<=|<!)", pattern)
-    return len(groups) == pattern.count("(?") and pattern.count("(") <= 50
+    few = len(groups) == pattern.count("(?") and pattern.count("(") <= 50
+    return few and not _repeats_repeats(pattern)
+
+
+def _repeats_repeats(pattern: str) -> bool:
+    """Return whether a group that is repeated holds something that is."""
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern).replace("(?", "(")
+    holds = [False]  # of each open group, whether it holds a repeat
+    for letter, following in zip(bare, f"{bare[1:]} ", strict=True):
+        if letter == "(":
+            holds.append(False)
+        elif letter == ")" and len(holds) > 1:
+            inner = holds.pop()
+            if inner and following in "+*":
+                return True
+            holds[-1] |= inner
+        elif letter in "+*":
+            holds[-1] = True
+    return False
 
 
 def _endings(name: str) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -151,12 +152,14 @@ def test_size_and_lines_are_bounded(tmp_path: Path) -> None:
 )
 def test_a_strangers_pattern_is_matched_in_time_or_refused(pattern: str) -> None:
     name, began = "model.layers.0." + "a" * 60 + "x" * 60, time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     matcher = Matcher("adapter_config.json")
     with suppress(UserError):
         matcher.check([pattern])
         for i in range(50):
             matcher.first({pattern: 4}, f"{name}{i}", 8)
     assert time.process_time() - began < 4
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**18  # 256 MB
 
 
 def test_patterns_mean_what_they_mean_to_peft() -> None:
