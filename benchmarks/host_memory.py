@@ -77,6 +77,8 @@ def settings(model: str, directory: Path, num_clients: int) -> dict:
             "prompt_column": "query",
             "response_column": "response",
             "max_length": LENGTH,
+            "max_dropped": 0.999,  # all are cut there
+            "holdout": 0,
         },
         "partition": {"kind": "contiguous", "num_clients": num_clients},
         "train": {"batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE, "warmup_ratio": 0.0},

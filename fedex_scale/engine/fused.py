@@ -202,7 +202,7 @@ def _one_piece(factors: list[Tensor], numel: int) -> Tensor | None:
     held = [factor.grad for factor in factors]
     if not held or any(grad is None for grad in held):
         return None
-    pieces = {grad.untyped_storage().data_ptr() for grad in held}
+    pieces = {grad.untyped_storage()._cdata for grad in held}
     size = held[0].untyped_storage().nbytes()
     if len(pieces) > 1 or size != numel * held[0].element_size():
         return None

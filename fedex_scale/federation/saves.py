@@ -63,7 +63,7 @@ def find(config: Config, run: RunDir) -> Found:
     Raises:
         UserError: nothing there can be gone on from, or the config is another one.
     """
-    found, problems, notes = _newest(run)
+    found, problems, notes = newest(run)
     notes = [*(f"{problem}; taking the checkpoint before it" for problem in problems), *notes]
     if found is None:
         untouched = not problems and not (run.path / "clients").exists()
@@ -101,7 +101,7 @@ def find(config: Config, run: RunDir) -> Found:
     return Found(found, tuple(notes))
 
 
-def _newest(run: RunDir) -> tuple[Checkpoint | None, list[str], list[str]]:
+def newest(run: RunDir) -> tuple[Checkpoint | None, list[str], list[str]]:
     """Return the newest place that stands, why none of newer checkpoints, and what it leaves."""
     problems = []
     for number in reversed(checkpoint.numbers(run)):

@@ -116,7 +116,7 @@ class RoundFile(Kind):
     residual_norm: Norm
     base_changed: bool
     largest_layer: Name
-    layers: Annotated[list[LayerEntry], Field(min_length=1, max_length=MAX_LAYERS)]
+    layers: Annotated[list[LayerEntry], Field(max_length=MAX_LAYERS)]  # none: all is averaged whole
 
 
 class PartitionEntry(Kind):

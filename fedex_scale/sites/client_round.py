@@ -32,7 +32,7 @@ from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import num_steps, read_update
 from fedex_scale.federation.directory import check_shared, make_directory
 from fedex_scale.federation.facts import ModelFacts
-from fedex_scale.federation.saves import FREE, Saver
+from fedex_scale.federation.saves import FREE, Saver, newest
 from fedex_scale.federation.state import Place, ServerState
 from fedex_scale.files.adapters import Adapter, AdapterWriter
 from fedex_scale.files.run_dir import RunDir
@@ -139,7 +139,7 @@ class _Round:
         self, run: RunDir, told: dict, server_dir: Path, facts: ModelFacts
     ) -> Checkpoint | None:
         """Make the round's directory, or take it back to the checkpoint to go on from."""
-        last, _ = checkpoint.newest(run)
+        last, _, _ = newest(run)
         with disk_errors(str(run.path)):
             if last is not None:
                 if last.world_size != distributed.world_size():
@@ -174,7 +174,8 @@ class _Round:
         ):
             distributed.on_main(lambda: trackers.open(to_dict(config)))
             steps = num_steps(len(examples), config.train)
-            with Monitor(run.metrics, total_steps=steps, trackers=trackers) as monitor:
+            plan = [{}] * (number - 1) + [{self._client: steps}]
+            with Monitor(run.metrics, plan=plan, trackers=trackers) as monitor:
                 side = run.side(number - 1)
                 state = ServerState(round=number - 1, has_side=side.is_dir())
                 if saver.place is None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -211,13 +212,15 @@ def _text_of(sent: Sent) -> str:
 def _copy(source: Path, target: Path, size: int) -> str | None:
     """Copy a file of a size and return its SHA-256, or None if it is none of that size."""
     digest, left = hashlib.sha256(), size
-    with door.opened(source, inside=source.parent) as file, target.open("wb") as out:
-        if os.fstat(file.fileno()).st_size != size:
-            return None
-        while block := file.read(min(_BLOCK, left + 1)):
-            left -= len(block)
-            if left < 0:
+    with suppress(FileNotFoundError, UserError):
+        with door.opened(source, inside=source.parent) as file, target.open("wb") as out:
+            if os.fstat(file.fileno()).st_size != size:
                 return None
-            digest.update(block)
-            out.write(block)
-    return digest.hexdigest()
+            while block := file.read(min(_BLOCK, left + 1)):
+                left -= len(block)
+                if left < 0:
+                    return None
+                digest.update(block)
+                out.write(block)
+        return digest.hexdigest()
+    return None

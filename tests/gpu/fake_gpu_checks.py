@@ -30,6 +30,7 @@ from fedex_scale.files.adapters import Adapter
 from fedex_scale.methods import ffa
 from fedex_scale.methods.algebra import LowRank, Pair
 from fedex_scale.methods.all import METHODS
+from fedex_scale.tasks.interface import ModelKind
 
 
 def test_a_mix_of_devices_is_seen() -> None:
@@ -45,7 +46,11 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def new_base(
-    section: ModelSection, dtype: torch.dtype, device: torch.device, ds_config: None
+    section: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    ds_config: None,
+    kind: ModelKind,
 ) -> PreTrainedModel:
     config = models.base_config(section)
     settings = {"dtype": dtype, "attn_implementation": models.attention(section, config)}
@@ -99,9 +104,9 @@ def test_a_step_waits_for_its_loss_and_nothing_else(config: Path) -> None:
         engines.set_side(engine, factors_of(engine, 6).__getitem__)
         engines.reset_for_client(engine, factors_of(engine, 3).__getitem__, side=True)
         batches = [collate(examples, pair, fallback=0, pad_id=0) for pair in ([0, 1], [2, 3])]
-        engines.train_step(engine, batches, tokens=15, lr=1e-3)
+        engines.train_step(engine, batches, units=15, lr=1e-3)
         WAITS.clear()
-        engines.train_step(engine, batches, tokens=15, lr=1e-3)
+        engines.train_step(engine, batches, units=15, lr=1e-3)
         assert WAITS == ["aten._local_scalar_dense.default"]
 
 

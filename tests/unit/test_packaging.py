@@ -26,6 +26,7 @@ DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 DS_KEYS = {
     "aio",
     "bf16",
+    "data_types",
     "gradient_accumulation_steps",
     "gradient_clipping",
     "train_micro_batch_size_per_gpu",

@@ -82,8 +82,10 @@ def test_a_model_that_was_not_tried_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AutoConfig.for_model("bloom").save_pretrained(tmp_path)
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
     (tmp_path / "run.yaml").write_text(
-        f"model: {{path: {tmp_path}}}\ndata: {{path: none.json}}\ntrain: {{packing: true}}\n"
+        f"model: {{path: {tmp_path}}}\ndata: {{path: {rows}}}\ntrain: {{packing: true}}\n"
     )
     with pytest.raises(SystemExit) as ended:
         main(["run", "--config", str(tmp_path / "run.yaml"), f"run.dir={tmp_path}"])

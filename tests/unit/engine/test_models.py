@@ -119,7 +119,9 @@ def test_a_damaged_model_directory_is_one_line(
     for file in tiny_llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(damage)
-    with pytest.raises(UserError, match=r"model\.path: cannot load") as caught:
+    with pytest.raises(
+        UserError, match=r"model\.path: cannot load|config.json: not valid"
+    ) as caught:
         load_part(str(tmp_path), "model")
     assert "\n" not in str(caught.value)
 
