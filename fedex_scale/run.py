@@ -97,7 +97,6 @@ def _run_or_resume(config: Config) -> None:
 
 def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
     with Trackers(config.run.trackers, run.path) as trackers, ThreadPoolExecutor(1) as thread:
-        digests = thread.submit(models.digests, config.model) if distributed.is_main() else None
         with phase("load"), waiting("reading the data and loading the model"):
             distributed.together(lambda: check_evaluation(config))
             if config.train.packing:
@@ -105,6 +104,8 @@ def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
             kind = kind_without_rows(config)
             distributed.together(lambda: models.check_kind(config.model, kind))
             processor = distributed.together(lambda: models.load_processor(config.model, kind))
+            # Once it is known that the model can be had.
+            digests = thread.submit(models.digests, config.model) if distributed.is_main() else None
             lesson = distributed.together(lambda: load_lesson(config, processor))
             clients = lesson.clients
             for note in clients.notes:

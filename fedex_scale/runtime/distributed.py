@@ -31,7 +31,7 @@ def join_group(*, required: bool) -> None:
     """
     expected = launched.num_processes()
     if not dist.is_initialized() and (required or expected > 1):
-        alone = "RANK" not in os.environ
+        alone = int(os.environ.get("WORLD_SIZE") or 1) == 1  # also in a child of such a process
         if alone:  # DeepSpeed asks for all five
             one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(one, MASTER_PORT=str(free_port()))

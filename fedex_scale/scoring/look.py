@@ -54,8 +54,6 @@ class Look:
             size = self.config.train.micro_batch_size
             found = held_out_loss(model, self.lesson.clients.held_out, micro_batch_size=size)
             monitor.log("held_out", round=round, took_s=time.perf_counter() - began, **found)
-        if self.prompts:
-            self._answer(model, round)
         began = time.perf_counter()
         results: dict[str, Any] = {}
         if self.config.evaluation.tasks:
@@ -72,6 +70,8 @@ class Look:
             monitor.log("eval", round=round, took_s=seconds, **evaluation.scores(results))
             for warning in evaluation.warnings(results):
                 monitor.say(f"warning: {warning}")
+        if self.prompts:  # beside the scores
+            self._answer(model, round)
 
     def _answer(self, model: nn.Module, round: int) -> None:
         schema = schema_of(self.config.data, self.lesson.clients.schema)

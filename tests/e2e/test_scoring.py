@@ -234,7 +234,7 @@ def test_the_paper_s_row_stands_beside_a_score() -> None:
     }
     results = {"results": {"fedex_gsm8k": metrics}, "n-samples": {"fedex_gsm8k": {"effective": 9}}}
     shown = table(results, ("mistralai/Mistral-7B-v0.1", "fedex"))
-    cells = [list(column.cells) for column in shown.columns]
+    cells = [list(map(str, column.cells)) for column in shown.columns]
     assert cells == [
         ["fedex_gsm8k/exact_match/paper", "fedex_gsm8k/exact_match/correct"],
         ["9", "9"],
