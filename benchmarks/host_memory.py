@@ -77,7 +77,7 @@ def settings(model: str, directory: Path, num_clients: int) -> dict:
             "prompt_column": "query",
             "response_column": "response",
             "max_length": LENGTH,
-            "max_dropped": 0.999,  # all are cut there
+            "max_dropped": 0.995,  # nearly all are cut there
             "holdout": 0,
         },
         "partition": {"kind": "contiguous", "num_clients": num_clients},
@@ -87,10 +87,11 @@ def settings(model: str, directory: Path, num_clients: int) -> dict:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Write rows that differ, each longer than `LENGTH` tokens."""
+    """Write rows that differ, each longer than `LENGTH` tokens but for one of a hundred."""
     with path.open("w") as file:
         for start in range(count):
-            numbers = " ".join(map(str, range(start, start + LENGTH)))
+            count_to = 4 if start % 100 == 0 else LENGTH
+            numbers = " ".join(map(str, range(start, start + count_to)))
             file.write(json.dumps({"query": f"Count from {start}.", "response": numbers}) + "\n")
 
 

@@ -95,7 +95,7 @@ def test_side_adapter_and_fold_cancel(ranks: list[dict]) -> None:
         if "plain" in results:  # more rounding, as its products have 1536 terms; but no other
             for key in ("shift", "side_error"):
                 assert results[key] == results["plain"][key]
-        assert results["side_error"] < (1e-4 if "plain" in results else 1e-5)
+        assert results["side_error"] < (2e-4 if "plain" in results else 1e-5)
 
 
 @pytest.mark.parametrize("settings", ["none", "zero3_offload"])

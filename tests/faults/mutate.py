@@ -84,11 +84,11 @@ def aggregate(base: Path, clients: Path, out: Path) -> None:
 
 
 def newest(run: Path) -> None:
-    from fedex_scale.federation.saves import _newest
+    from fedex_scale.federation.saves import newest
     from fedex_scale.files.run_dir import RunDir
     from fedex_scale.runtime.errors import UserError
 
-    found, problems, notes = _newest(RunDir(run))
+    found, problems, notes = newest(RunDir(run))
     if found is None or problems or notes:
         raise UserError(f"{problems} {notes}")
 
