@@ -1,7 +1,7 @@
 # fedex_scale with its pinned packages, and the compiler with which DeepSpeed makes its ops.
 #
 #   docker build -t fedex_scale .
-#   docker run --gpus all --shm-size 8g -v "$PWD/runs:/work/runs" fedex_scale run --config quickstart
+#   docker run --gpus all --shm-size 8g -v "$PWD/runs:/srv/runs" fedex_scale run --config quickstart
 FROM python:3.11-slim-bookworm
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -16,8 +16,8 @@ COPY . .
 RUN pip install --no-cache-dir --constraint constraints.txt '.[gguf]'
 
 # Runs and what the hub sends are written here; nothing needs to be root.
-RUN useradd --uid 1000 --create-home user && mkdir /work && chown user /work
+RUN useradd --uid 1000 --create-home user && mkdir -p /srv && chown user /srv
 USER 1000
-WORKDIR /work
+WORKDIR /srv
 ENTRYPOINT ["fedex-scale"]
 CMD ["--help"]
