@@ -46,3 +46,18 @@ def start(command: list[str], config: Path, *overrides: str) -> subprocess.Compl
     return subprocess.run(
         [*command, *program], capture_output=True, text=True, timeout=900, env=environment, cwd=ROOT
     )
+
+
+def fedex_scale(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return python("-m", "fedex_scale.cli", *arguments)
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import BROWSER, make_report, visit
 from launching import ROOT, start
 from peft import PeftModel
-from test_report import BROWSER, make_report, visit
 from transformers import AutoModelForCausalLM
 
 from fedex_scale.data.word_problems import generate, write_jsonl

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from browser import make_report, needs_browser, visit
+from launching import fedex_scale, python
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 METHODS = ("fedex", "fedit", "ffa")
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
-
-
-@dataclass
-class Visit:
-    """What a browser said while it showed a page: console lines, and requests of the page."""
-
-    console: list[str]
-    requests: list[str]
-    screenshot: Path
 
 
 @pytest.fixture(scope="module")
@@ -136,53 +120,6 @@ def test_what_is_no_run_is_told_in_one_line(name: str, tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / name}: expected a run directory")
     assert done.stderr.count("\n") == 1
-
-
-def fedex_scale(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return python("-m", "fedex_scale.cli", *arguments)
-
-
-def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-    )
-
-
-def make_report(*arguments: str | Path) -> Path:
-    done = fedex_scale("report", *arguments)
-    assert done.returncode == 0, done.stderr
-    page = Path(done.stdout.strip())
-    assert page.name == "report.html"
-    return page
-
-
-def visit(page: Path, folder: Path, *, dark: bool = False) -> Visit:
-    """Open a page; chromium's own requests, which no page initiated, do not count."""
-    log, shot = folder / "net.json", folder / "page.png"
-    options = (
-        "--headless=new --no-sandbox --disable-gpu --no-first-run --hide-scrollbars "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        "--disable-extensions --enable-logging=stderr --virtual-time-budget=2000"
-    ).split()
-    options += [f"--log-net-log={log}", f"--screenshot={shot}", "--window-size=1280,2400"]
-    options += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    if dark:
-        options.append("--blink-settings=preferredColorScheme=0")
-    done = subprocess.run(
-        [BROWSER, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    console = re.findall(r':CONSOLE[^\]]*\] "(.*)", source:', done.stderr)
-    requests = []
-    for event in json.loads(log.read_text())["events"]:
-        parameters = event.get("params", {})
-        if parameters.get("initiator", "not an origin") != "not an origin":
-            requests.append(parameters["url"])
-    return Visit(console, [url for url in requests if not url.startswith("file:")], shot)
 
 
 def is_dark(screenshot: Path) -> bool:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_export import RANK, assert_same_logits, dense_model, load, logits, two_rounds
+from tiny import logits
 from transformers import AutoModelForCausalLM
+from two_rounds import RANK, assert_same_logits, dense_model, load, two_rounds
 
 from fedex_scale.cli import main
 from fedex_scale.config.section import to_dict
