@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from common import Figure, Ratio, in_turns, quotients, report, start
 
-from fedex_scale.files.adapters import AdapterWriter
+from fedex_scale.files.adapter_writers import AdapterWriter
 from fedex_scale.methods.algebra import Pair
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.sites.sent import read_sent

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedex_scale.files.adapters import AdapterWriter
+from fedex_scale.files.adapter_writers import AdapterWriter
 from fedex_scale.files.tensorfile import SafetensorsWriter
 from fedex_scale.methods.algebra import Pair
 

@@ -21,15 +21,9 @@ from fedex_scale.config.learning import (
 )
 from fedex_scale.config.settings import Config
 from fedex_scale.engine import models
-from fedex_scale.engine.build import (
-    Engine,
-    build_engine,
-    fold_targets,
-    read_pairs,
-    reset_for_client,
-    set_side,
-    train_step,
-)
+from fedex_scale.engine.build import Engine, build_engine
+from fedex_scale.engine.contents import fold_targets, read_pairs, set_side
+from fedex_scale.engine.training import reset_for_client, train_step
 from fedex_scale.federation.client import take_factors
 from fedex_scale.methods.algebra import LowRank, Pair, compress
 from fedex_scale.planning.choice import make_plan

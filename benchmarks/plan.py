@@ -122,7 +122,7 @@ def measure_rank(text: str, folder: str) -> None:
     """Be one rank: predict, train, and print both."""
     import deepspeed  # noqa: F401  its import is no part of the training
 
-    from fedex_scale.engine import build
+    from fedex_scale.engine import build, contents, training
     from fedex_scale.methods.algebra import Pair
     from fedex_scale.runtime import distributed
 
@@ -147,13 +147,13 @@ def measure_rank(text: str, folder: str) -> None:
         max_grad_norm=1.0,
     )
     # As in a run: the server's adapter on each rank, on one a client's that is being written.
-    held = [dict(build.read_pairs(built))]
+    held = [dict(contents.read_pairs(built))]
     if distributed.is_main():
         held.append({name: Pair(*(x.clone() for x in pair)) for name, pair in held[0].items()})
     tokens = torch.randint(5, 200, (setting.examples, setting.length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for _ in range(STEPS):
-        build.train_step(built, [batch], units=tokens.numel() * setting.ranks, lr=1e-4)
+        training.train_step(built, [batch], units=tokens.numel() * setting.ranks, lr=1e-4)
     found = {"predicted": predicted, "peak": memory("VmHWM") - before}
     (Path(folder) / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.leave(0)

@@ -1,7 +1,7 @@
 """Kill, damage and fill up: how often a run goes on and ends as if nothing had happened.
 
-    python benchmarks/reliability.py [--kills 25] [--rank-kills 5] [--mutations 200]
-        [--full-disks 10] [--output-kills 10] [--fuzz-minutes 60] [--cost CONFIG]
+    python benchmarks/reliability.py [--kills 25] [--rank-kills 5] [--full-disks 10]
+        [--output-kills 10] [--fuzz-minutes 60] [--cost CONFIG]
 
 prints the table of docs/reliability.md. 0 leaves a row out. The cost of checkpoints is measured
 in the run of CONFIG (with MODEL=... as override if need be), the rest on a tiny model.
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, count in (("kills", 25), ("rank-kills", 5), ("mutations", 200), ("full-disks", 10)):
+    for name, count in (("kills", 25), ("rank-kills", 5), ("full-disks", 10)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--output-kills", type=int, default=10)
     parser.add_argument("--fuzz-minutes", type=float, default=60)
@@ -59,8 +59,6 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
         zero3 = f"engine.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
         seen = start("kills.py", prepare(folder / "zero3"), options.rank_kills, seed, 2, zero3)
         yield kill_row("kill -9 of one rank of 2, ZeRO-3", seen)
-    if options.mutations:
-        yield mutation_row(prepare(folder / "mutations"), options.mutations, seed)
     if options.output_kills:
         yield output_row(prepare(folder / "outputs"), options.output_kills, seed)
     if options.fuzz_minutes:
@@ -110,7 +108,7 @@ def kill_row(what: str, seen: list[dict]) -> tuple[str, str, str]:
 
 def fuzz_row(config: Path, minutes: float, seed: int) -> tuple[str, str, str]:
     """Draw cases for so long, and print on stderr what fell short."""
-    source, place = finished_run(config, "evaluation.limit=1"), config.parent / "sandbox"
+    source, place = finished_run(config), config.parent / "sandbox"
     place.mkdir()
     began, seen = time.monotonic(), []
     while (left := 60 * minutes - (time.monotonic() - began)) > 0:
@@ -127,7 +125,7 @@ def fuzz_row(config: Path, minutes: float, seed: int) -> tuple[str, str, str]:
 
 
 def output_row(config: Path, each: int, seed: int) -> tuple[str, str, str]:
-    source, place = finished_run(config, "evaluation.limit=1"), config.parent / "sandbox"
+    source, place = finished_run(config), config.parent / "sandbox"
     place.mkdir()
     seen = start("killed_outputs.py", config.parent / "llama", source, place, each, seed)
     good = sum(x["out"] != "half" for x in seen)
@@ -137,33 +135,14 @@ def output_row(config: Path, each: int, seed: int) -> tuple[str, str, str]:
     return f"kill -9 of {', '.join(commands)}", str(len(seen)), text
 
 
-def finished_run(config: Path, *overrides: str) -> Path:
-    """Do a run of one round, and return its directory."""
+def finished_run(config: Path) -> Path:
+    """Do a run of one round, scored by one item, and return its directory."""
     program = "import sys; from fedex_scale.run import run_config; run_config(*eval(sys.argv[1]))"
-    given = repr((str(config), ["run.name=source", "federation.rounds=1", *overrides]))
+    given = repr((str(config), ["run.name=source", "federation.rounds=1", "evaluation.limit=1"]))
     subprocess.run(
         [sys.executable, "-c", program, given], env=ENVIRONMENT, check=True, capture_output=True
     )
     return config.parent / "runs" / "source"
-
-
-def mutation_row(config: Path, count: int, seed: int) -> tuple[str, str, str]:
-    run = finished_run(config, "evaluation.tasks=[]", "evaluation.data=null")
-    folder = config.parent
-    place = folder / "mutated"
-    place.mkdir()
-    each = -(-count // 3)  # of three kinds of readers
-    seen = start("mutate.py", folder / "llama", run, place, each, seed)
-    failed = [x for x in seen if x["outcome"].startswith("failed")]
-    for bad in failed:
-        print(f"  {bad}", file=sys.stderr)
-    refused = sum(x["outcome"] == "refused" for x in seen)
-    text = (
-        f"{refused} refused on one line, {len(seen) - refused - len(failed)} harmless, "
-        f"{len(failed)} tracebacks or hangs, {sum(x['output_left'] for x in seen)} outputs left, "
-        f"{sum(x['too_much_memory'] for x in seen)} above twice the memory"
-    )
-    return "damaged and hostile files", str(len(seen)), text
 
 
 def cost_row(config: str, overrides: list[str]) -> tuple[str, str, str]:

@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
 from fedex_scale.data.word_problems import generate, write_jsonl
-from fedex_scale.engine.build import fold_targets
+from fedex_scale.engine.contents import fold_targets
 from fedex_scale.engine.lora_model import SIDE
 from fedex_scale.federation import server
 from fedex_scale.federation.client import show

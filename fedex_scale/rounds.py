@@ -21,7 +21,9 @@ from functools import partial
 
 from fedex_scale.config.federation import FederationSection
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, Source, fold_targets
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.contents import fold_targets
+from fedex_scale.engine.parameters import Source
 from fedex_scale.federation import server
 from fedex_scale.federation.client import ClientUpdate, read_update, show, train_client
 from fedex_scale.federation.saves import Saver

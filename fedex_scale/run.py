@@ -33,7 +33,7 @@ from fedex_scale.federation.directory import (
     prepare_directory,
     restore_config,
 )
-from fedex_scale.federation.export import show_handed_over, write_final
+from fedex_scale.federation.final import show_handed_over, write_final
 from fedex_scale.federation.saves import Found, Saver
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter

@@ -17,7 +17,8 @@ from tiny import near, random_pairs, save_adapter
 
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, fold_targets
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.contents import fold_targets
 from fedex_scale.engine.lora_model import SIDE
 from fedex_scale.engine.parameters import read_whole
 from fedex_scale.federation import server

@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, fold_targets
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.contents import fold_targets
 from fedex_scale.federation import server
 from fedex_scale.federation.client import show
-from fedex_scale.federation.export import write_final
+from fedex_scale.federation.final import write_final
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir

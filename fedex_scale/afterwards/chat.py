@@ -14,7 +14,7 @@ from fedex_scale.config.settings import Config
 from fedex_scale.data.encode import begin_tokens
 from fedex_scale.data.prompts import schema_of
 from fedex_scale.engine import models
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError, reading
@@ -162,7 +162,7 @@ def _trained_on(run: RunDir, config: Config) -> tuple[str | None, str | None]:
     the chat template, None where it was the tokenizer's."""
     data, file = config.data, run.path / "partition.json"
     with reading(file, "restore the files of this run"):
-        told = kinds.read(kinds.PartitionFile, file).model_dump()
+        told = checked.read(kinds.PartitionFile, file).model_dump()
     known = schema_of(data, told.get("schema", data.schema))
     if known.as_chat:
         return None, told.get("chat_template")

@@ -21,7 +21,8 @@ from fedex_scale.aggregation.side import Past, grow, split
 from fedex_scale.aggregation.weights import FoldStats, Target, fold
 from fedex_scale.aggregation.whole import mean_blocks
 from fedex_scale.config.federation import AggregateSection, MethodConfig
-from fedex_scale.files.adapters import Adapter, LayerPairs, check_finite, out_of_range
+from fedex_scale.files.adapter_writers import check_finite
+from fedex_scale.files.adapters import Adapter, LayerPairs, out_of_range
 from fedex_scale.methods.algebra import (
     MAX_RANK,
     Clients,

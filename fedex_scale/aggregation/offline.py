@@ -21,12 +21,8 @@ from fedex_scale.aggregation.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.aggregation.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.aggregation.whole import mean_blocks
-from fedex_scale.files.adapters import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterWriter,
-    target_suffixes,
-)
+from fedex_scale.files.adapter_writers import AdapterWriter, target_suffixes
+from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE
 from fedex_scale.files.basefiles import BaseWriter
 from fedex_scale.files.tensorfile import SafetensorsReader
 from fedex_scale.methods.algebra import LowRank, Pair

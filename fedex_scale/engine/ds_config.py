@@ -9,7 +9,7 @@ import torch
 from fedex_scale.config.learning import EngineSection
 from fedex_scale.config.shipped import locate, remedy
 from fedex_scale.config.words import shown
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.errors import UserError
 
@@ -106,7 +106,7 @@ def read_settings(given: str | None) -> dict[str, Any] | None:
     if not isinstance(settings, dict):
         raise UserError(f"engine.deepspeed: {given}: expected an object, got {shown(settings)}")
     what = f"engine.deepspeed: {given}"
-    kinds.check(kinds.DeepSpeedFile, settings, what, "see ds_configs/README.md")
+    checked.check(kinds.DeepSpeedFile, settings, what, "see ds_configs/README.md")
     return settings
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from fedex_scale.config.words import shown
 from fedex_scale.federation.state import Place
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
@@ -249,7 +249,7 @@ def _read_manifest(path: Path, number: int) -> Checkpoint:
         raise ValueError("its SHA-256 is another one")
     if tree.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {shown(tree.get('format'))}")
-    found = kinds.check(kinds.Manifest, tree | {"sha256": ""}, path, "take another checkpoint")
+    found = checked.check(kinds.Manifest, tree | {"sha256": ""}, path, "take another checkpoint")
     return Checkpoint(
         number=number,
         place=Place.from_dict(tree["place"]),

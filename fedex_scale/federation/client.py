@@ -15,19 +15,14 @@ from torch import Tensor
 
 from fedex_scale.config.learning import LoraSection, TrainSection
 from fedex_scale.data.batching import plan_steps, shard
-from fedex_scale.engine.build import (
-    Engine,
-    Source,
-    read_pairs,
-    reset_for_client,
-    set_adapter,
-    set_side,
-    train_step,
-)
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.contents import read_pairs, set_adapter, set_side
+from fedex_scale.engine.parameters import Source
+from fedex_scale.engine.training import reset_for_client, train_step
 from fedex_scale.federation.facts import open_adapter
 from fedex_scale.federation.history import History
 from fedex_scale.federation.state import ClientProgress, ServerState
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import Pair
@@ -200,7 +195,7 @@ def write_client(
 
 def read_update(directory: Path) -> ClientUpdate:
     """Return what `write_client` wrote beside the adapter."""
-    found = kinds.read(kinds.ClientFile, directory / CLIENT_FILE)
+    found = checked.read(kinds.ClientFile, directory / CLIENT_FILE)
     return ClientUpdate(
         **{field.name: getattr(found, field.name) for field in fields(ClientUpdate)}
     )

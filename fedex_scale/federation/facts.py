@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.learning import LoraSection
-from fedex_scale.files.adapters import AdapterWriter, full_specs
+from fedex_scale.files.adapter_writers import AdapterWriter, full_specs
 
 
 class Facts(Protocol):

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, Source
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.parameters import Source
 from fedex_scale.federation import checkpoint
 from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import ClientUpdate, take_factors, write_adapter, write_client

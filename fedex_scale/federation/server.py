@@ -28,7 +28,8 @@ from fedex_scale.config.settings import Config
 from fedex_scale.federation.facts import Facts, open_adapter
 from fedex_scale.federation.history import History
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.adapters import Adapter, AdapterWriter, PartWriter
+from fedex_scale.files.adapter_writers import AdapterWriter, PartWriter
+from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import REPORT_FILE, RunDir
 from fedex_scale.methods.algebra import LowRank, Pair
 from fedex_scale.methods.interface import fresh_pair

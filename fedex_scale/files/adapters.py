@@ -6,29 +6,24 @@ adapter, a round's residual factors (as an adapter of scaling 1) and the side ad
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fedex_scale.files.patterns import Matcher
 from fedex_scale.files.peft_config import CONFIG_FILE, read_config
 from fedex_scale.files.tensorfile import (
     MAX_TENSORS,
     SafetensorsReader,
-    SafetensorsWriter,
-    TrimmedWriter,
 )
-from fedex_scale.methods.algebra import LowRank, Pair, align, lora_scaling, stack
+from fedex_scale.methods.algebra import Pair, align, lora_scaling
 from fedex_scale.runtime.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 class Adapter:
@@ -76,11 +71,11 @@ class Adapter:
     def pair(self, layer: str) -> Pair:
         """Return A (R, I) and B (O, R) of one layer, in the dtype of the file."""
         self.shapes(layer)
-        return Pair(*(self.file.read(_key(layer, name)) for name in "AB"))
+        return Pair(*(self.file.read(factor_name(layer, name)) for name in "AB"))
 
     def weights(self, name: str) -> Pair | Tensor:
         """Return a layer's factors, or a whole weight by its name in the base model."""
-        key = f"{_PREFIX}{name}"
+        key = f"{PREFIX}{name}"
         return self.file.read(key) if key in self.full_weights else self.pair(name)
 
     def full_block(self, name: str, span: tuple[int, int]) -> Tensor:
@@ -151,7 +146,7 @@ class Adapter:
 
     def _shape(self, layer: str, factor: str) -> tuple[int, ...]:
         try:
-            return self.file.entries[_key(layer, factor)].shape
+            return self.file.entries[factor_name(layer, factor)].shape
         except KeyError:
             raise UserError(
                 f"{self.path}: layer {layer} is missing; every client must adapt the same layers"
@@ -159,7 +154,7 @@ class Adapter:
 
     def _layer_names(self) -> Iterator[str]:
         entries = self.file.entries
-        names = [name for name in entries if name.startswith(_PREFIX)]
+        names = [name for name in entries if name.startswith(PREFIX)]
         for name in names:
             if ".lora_" in name and entries[name].dtype not in _FLOATS:
                 raise UserError(
@@ -167,7 +162,7 @@ class Adapter:
                     f"{str(entries[name].dtype).removeprefix('torch.')}; save the adapter so"
                 )
         As, Bs = (
-            [name[len(_PREFIX) : -len(end)] for name in names if name.endswith(end)]
+            [name[len(PREFIX) : -len(end)] for name in names if name.endswith(end)]
             for end in (".lora_A.weight", ".lora_B.weight")
         )
         for layer in sorted(set(As) ^ set(Bs)):
@@ -181,14 +176,14 @@ class Adapter:
     def _full_weights(self) -> Iterator[str]:
         layers = set(self.layers)
         for name in self.file.entries:
-            if name.endswith((".lora_A.weight", ".lora_B.weight")) and name.startswith(_PREFIX):
+            if name.endswith((".lora_A.weight", ".lora_B.weight")) and name.startswith(PREFIX):
                 continue
-            if "lora_" in name or not name.startswith(_PREFIX):
+            if "lora_" in name or not name.startswith(PREFIX):
                 raise UserError(
                     f"{self.path}: expected lora_A.weight and lora_B.weight of linear layers, got "
                     f"{name}, which cannot be aggregated; train plain LoRA on linear layers"
                 )
-            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+            module, _, kind = name.removeprefix(PREFIX).rpartition(".")
             owner = module.removesuffix(".base_layer")
             if owner != module or owner in layers:
                 self.base_copies[name] = f"{owner}.{kind}"
@@ -231,205 +226,9 @@ class LayerPairs(Sequence[Pair]):
         return align(pair, scaling, rank=self._rank, to_scaling=self._scaling)
 
 
-class AdapterWriter:
-    """Writes a PEFT directory layer by layer; no more than one layer is ever in memory.
-
-    Args:
-        directory: made if need be; complete once the `with` block is left.
-        shapes: layer name -> (O, I).
-        rank: R of every layer.
-        alpha: lora_alpha to write; give `alpha=rank` where B already holds the scaling.
-        base: name or path of the base model, for adapter_config.json.
-        dtype: of the file.
-        settings: of adapter_config.json besides, or instead.
-        full_weights: dtype and shape of whole weights that come along, by their name in the file.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        shapes: Mapping[str, tuple[int, int]],
-        *,
-        rank: int,
-        alpha: float,
-        base: str,
-        use_rslora: bool = False,
-        fan_in_fan_out: bool = False,
-        dtype: torch.dtype = torch.float32,
-        settings: Mapping[str, Any] | None = None,
-        full_weights: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
-    ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._rank = rank
-        specs = dict(full_weights or {})
-        for layer, (rows, columns) in shapes.items():
-            specs[_key(layer, "A")] = (dtype, (rank, columns))
-            specs[_key(layer, "B")] = (dtype, (rows, rank))
-        config = peft_config(
-            shapes,
-            rank=rank,
-            alpha=alpha,
-            base=base,
-            use_rslora=use_rslora,
-            fan_in_fan_out=fan_in_fan_out,
-        ) | dict(settings or {})
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        self._writer = SafetensorsWriter(directory / WEIGHTS_FILE, specs)
-
-    def write(self, layer: str, pair: Pair | Tensor) -> None:
-        """Write a layer's factors, or a whole weight; a UserError where one is not finite."""
-        if isinstance(pair, Tensor):
-            self._writer.write(f"{_PREFIX}{layer}", pair)
-            return
-        check_finite(layer, pair)
-        self._writer.write(_key(layer, "A"), pair.A_RI)
-        self._writer.write(_key(layer, "B"), pair.B_OR)
-
-    def write_all(self, pairs: Mapping[str, Pair | Tensor]) -> None:
-        """Write every layer and whole weight, where they are in memory."""
-        tensors = {}
-        for layer, pair in pairs.items():
-            if isinstance(pair, Tensor):
-                tensors[f"{_PREFIX}{layer}"] = pair
-            else:
-                tensors |= {_key(layer, x): f for x, f in zip("AB", pair, strict=True)}
-        self._writer.write_whole(tensors)
-
-    def write_full(self, name: str, blocks: Iterator[Tensor]) -> None:
-        """Write a whole weight that comes along, as flat parts."""
-        self._writer.write_blocks(name, blocks)
-
-    def write_sum(self, layer: str, pieces: Iterable[LowRank]) -> None:
-        """Write low-rank factors, U as B and V as A, filled up with zeros to the rank."""
-        U_OP, V_PI = stack(*pieces)
-        missing = self._rank - V_PI.shape[0]
-        self.write(layer, Pair(pad(V_PI, (0, 0, 0, missing)), pad(U_OP, (0, missing))))
-
-    def __enter__(self) -> AdapterWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.__exit__(*error)
-
-
-class PartWriter:
-    """Writes low-rank matrices, layer by layer, as a PEFT directory whose layers differ in rank.
-
-    Args:
-        max_rank: columns that no layer exceeds.
-        dtype: of the file.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        shapes: Mapping[str, tuple[int, int]],
-        *,
-        max_rank: int,
-        dtype: torch.dtype,
-        base: str,
-    ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._shapes, self._base = directory, shapes, base
-        self._ranks: dict[str, int] = {}
-        largest = {}
-        for layer, (rows, columns) in shapes.items():
-            largest[_key(layer, "A")] = (dtype, (max_rank, columns))
-            largest[_key(layer, "B")] = (dtype, (rows, max_rank))
-        self._writer = TrimmedWriter(directory / WEIGHTS_FILE, largest)
-
-    def write(self, layer: str, part: LowRank) -> None:
-        """Write U as B and V as A; nothing becomes a column of zeros, which PEFT can load."""
-        missing = 0 if part.V_PI.shape[0] else 1
-        self._writer.write(_key(layer, "A"), pad(part.V_PI, (0, 0, 0, missing)))
-        self._writer.write(_key(layer, "B"), pad(part.U_OP, (0, missing)))
-        self._ranks[layer] = part.V_PI.shape[0] + missing
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, error: object, *rest: object) -> None:
-        self._writer.__exit__(error, *rest)
-        if not error:
-            rank = max(self._ranks.values())
-            other = {layer: own for layer, own in self._ranks.items() if own != rank}
-            config = peft_config(self._shapes, rank=rank, alpha=rank, base=self._base)
-            config |= {"rank_pattern": other, "alpha_pattern": other}
-            (self._directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def peft_config(
-    shapes: Mapping[str, tuple[int, int]],
-    *,
-    rank: int,
-    alpha: float,
-    base: str,
-    use_rslora: bool = False,
-    fan_in_fan_out: bool = False,
-) -> dict[str, Any]:
-    """Return adapter_config.json of plain LoRA on these layers."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "target_modules": target_suffixes(shapes),
-    }
-
-
-def full_specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple]]:
-    """Return `AdapterWriter`'s full_weights of weights by their names in the base model."""
-    return {f"{_PREFIX}{name}": (torch.float32, shape) for name, shape in shapes.items()}
-
-
 def base_name(name: str) -> str:
     """Return what the base model calls a weight that an adapter's file holds."""
-    return name.removeprefix(_PREFIX)
-
-
-def write_joined(
-    directory: Path,
-    adapters: Sequence[Adapter],
-    *,
-    base: str,
-    fan_in_fan_out: bool = False,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write one adapter that does what all of them do together, layer by layer.
-
-    Its rank is the sum of theirs and its scaling 1: B holds each one's scaling. Whole weights are
-    the first one's.
-    """
-    first = adapters[0]
-    rank = sum(adapter.rank for adapter in adapters)
-    shapes = {layer: first.shapes(layer) for layer in first.layers}
-    with AdapterWriter(
-        directory,
-        shapes,
-        rank=rank,
-        alpha=rank,
-        base=base,
-        fan_in_fan_out=fan_in_fan_out,
-        settings=settings,
-        full_weights=first.full_specs(),
-    ) as writer:
-        for name in first.full_weights:
-            writer.write_full(name, first.file.blocks(name))
-        for layer in first.layers:
-            pairs = [(x.pair(layer).float(), x.scaling_of(layer)) for x in adapters]
-            writer.write_sum(layer, [LowRank(pair.B_OR * s, pair.A_RI) for pair, s in pairs])
-
-
-def check_finite(layer: str, pair: Pair) -> None:
-    """Raise a UserError for a result beyond the range of its numbers."""
-    if not all(factor.isfinite().all() for factor in pair):
-        raise out_of_range(layer)
+    return name.removeprefix(PREFIX)
 
 
 def out_of_range(layer: str) -> UserError:
@@ -439,10 +238,5 @@ def out_of_range(layer: str) -> UserError:
     )
 
 
-def target_suffixes(layers: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Return the distinct last names of the layers, as PEFT's `target_modules` wants them."""
-    return sorted({layer.rsplit(".", 1)[-1] for layer in layers})
-
-
-def _key(layer: str, factor: str) -> str:
-    return f"{_PREFIX}{layer}.lora_{factor}.weight"
+def factor_name(layer: str, factor: str) -> str:
+    return f"{PREFIX}{layer}.lora_{factor}.weight"

@@ -7,44 +7,29 @@ there and is handed on as it is, where it is handed on at all.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from fedex_scale.config.section import AsTuple
-from fedex_scale.config.words import shown
+from fedex_scale.files.checked import (
+    MAX_CLIENTS,
+    MAX_LAYERS,
+    Alpha,
+    Count,
+    Index,
+    Kind,
+    Name,
+    Names,
+    Norm,
+    Number,
+    Rank,
+    Round,
+    Text,
+    check,
+)
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
-
-K = TypeVar("K", bound="Kind")
-
-MAX_CLIENTS, MAX_ROUNDS, MAX_LAYERS = 1_000_000, 100_000, 100_000
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Index = Annotated[int, Field(ge=0, lt=MAX_CLIENTS)]
-Number = Annotated[float, Field(ge=-1e300, le=1e300)]
-Norm = Annotated[float, Field(ge=0, le=1e300)]
-Rank = Annotated[int, Field(ge=1, lt=2**20)]
-Alpha = Annotated[float, Field(ge=1e-12, lt=1e30)]
-Name = Annotated[str, Field(max_length=1000)]
-Text = Annotated[str, Field(max_length=10_000)]
-Round = Annotated[int, Field(ge=0, lt=MAX_ROUNDS)]
-Names = Annotated[list[Name], Field(max_length=MAX_LAYERS)]
-
-
-_WORDS = {  # pydantic's, and this project's
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-    "a valid integer": "a whole number",
-    "a valid ": "a ",
-}
-
-
-class Kind(BaseModel):
-    """A JSON object of a known kind: strict, finite, and with what else it holds left as it is."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
 
 class AdapterConfig(Kind):
@@ -107,9 +92,9 @@ class RoundFile(Kind):
 
     clients: Annotated[list[Index], Field(max_length=MAX_CLIENTS)]
     weights: Annotated[list[Norm], Field(max_length=MAX_CLIENTS)]
-    skipped: list[Index] = []
-    rejected: list[Index] = []
-    update_norms: list[Norm] = []
+    skipped: list[Index] = Field(default=[])
+    rejected: list[Index] = Field(default=[])
+    update_norms: list[Norm] = Field(default=[])
     kept: Number
     kept_of_all: Number | None = None
     ideal_norm: Norm
@@ -209,7 +194,7 @@ EVENTS: dict[str, type[Event]] = {
 class Facts(Kind):
     """What report.json tells of the machine and the model."""
 
-    versions: dict[Name, Name] = {}
+    versions: dict[Name, Name] = Field(default={})
     machine: Name = ""
     base_parameters: Count = 0
     dtype: Name = ""
@@ -307,37 +292,6 @@ class Manifest(Kind):
     sha256: Name
 
 
-def check(kind: type[K], tree: Any, what: str | Path, remedy: str) -> K:
-    """Return a JSON object as a kind.
-
-    Args:
-        what: the file, or where in it.
-
-    Raises:
-        UserError: it is not that; the message names the key.
-    """
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{what}: {_problem(error, tree)}; {remedy}") from None
-
-
-def read(
-    kind: type[K], path: Path, remedy: str = "restore this file of the run", *, finite: bool = True
-) -> K:
-    """Return a file's object as a kind.
-
-    Args:
-        finite: refuse NaN and Infinity.
-
-    Raises:
-        OSError: it is not there, or may not be read.
-        UserError: it is no such file; the message names file and key.
-    """
-    tree = door.read_json(path, remedy, inside=path.parent, finite=finite)
-    return check(kind, tree, path, remedy)
-
-
 def events(path: Path) -> list[dict[str, Any]]:
     """Return the events of a run's metrics.jsonl, none where there is none.
 
@@ -365,25 +319,3 @@ def events(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         pass
     return found
-
-
-def _problem(error: ValidationError, tree: Any) -> str:
-    """Return the first thing that is wrong, of what may be thousands."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    path = [part for part in first["loc"] if not isinstance(part, str) or "[" not in part]
-    value, known = tree, []
-    for part in path:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            continue  # a word of pydantic's for one of several types
-        known.append(str(part))
-    key = ".".join(known) or "it"
-    if first["type"] == "missing":
-        return f"expected {'.'.join(map(str, path))}, got none"
-    reason = first["msg"].replace("Input should be ", "")
-    if "dictionary or instance of" in reason:
-        reason = "an object"
-    for theirs, ours in _WORDS.items():
-        reason = reason.replace(theirs, ours)
-    return f"{key:.200}: expected {reason}, got {shown(value)}"

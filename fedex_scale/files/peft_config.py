@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.files.patterns import Matcher
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
@@ -32,7 +32,7 @@ def read_config(path: Path) -> dict:
         ) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
-    known = kinds.check(kinds.AdapterConfig, config, file, remedy)
+    known = checked.check(kinds.AdapterConfig, config, file, remedy)
     task = known.task_type
     if task is not None and task not in _TASKS:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.runtime.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -29,7 +29,7 @@ class RunDir:
 
     def round(self, number: int) -> kinds.RoundFile:
         """Return what a round did, as its report says."""
-        return kinds.read(kinds.RoundFile, self.server(number) / REPORT_FILE)
+        return checked.read(kinds.RoundFile, self.server(number) / REPORT_FILE)
 
     def rounds_done(self) -> int:
         """Return how many rounds left a report, one after another."""

@@ -18,7 +18,7 @@ import fedex_scale
 from fedex_scale.aggregation import communication
 from fedex_scale.config.federation import MethodConfig
 from fedex_scale.config.section import to_dict
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
@@ -79,7 +79,7 @@ def gather(run: RunDir, known: Mapping[str, Any] | None = None) -> dict[str, Any
 def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
     if known is None:
         file = run.path / REPORT_FILE
-        known = kinds.read(kinds.ReportFile, file).facts.model_dump() if file.exists() else {}
+        known = checked.read(kinds.ReportFile, file).facts.model_dump() if file.exists() else {}
     events = kinds.events(run.metrics)
     rounds = [_round(run, number) for number in range(1, run.rounds_done() + 1)]
     planned = config["federation"]["rounds"]
@@ -91,7 +91,7 @@ def _gather(run: RunDir, config: dict[str, Any], known: Mapping[str, Any] | None
         "rounds_planned": planned,
         "config": config,
         "facts": dict(known),
-        "partition": kinds.read(kinds.PartitionFile, run.path / "partition.json").model_dump(),
+        "partition": checked.read(kinds.PartitionFile, run.path / "partition.json").model_dump(),
         "scores": (scores := _scores(run)),
         "best": _best(scores),
         "samples": samples(run),
@@ -117,7 +117,7 @@ def _round(run: RunDir, number: int) -> dict[str, Any]:
     note = "not recorded by the version that ran this"
     found: dict[str, Any] = {"note": note, "total": None, "layers": []}
     if file.exists():
-        found = kinds.read(kinds.DeviationFile, file).model_dump()
+        found = checked.read(kinds.DeviationFile, file).model_dump()
     return {
         "round": number,
         **{k: v for k, v in report.items() if k != "layers"},
@@ -133,7 +133,7 @@ def _scores(run: RunDir) -> list[dict[str, Any]]:
         if not (number.isascii() and number.isdigit()):
             continue
         round = int(number)
-        results = kinds.read(kinds.ResultsFile, file, finite=False)
+        results = checked.read(kinds.ResultsFile, file, finite=False)
         for task, metrics in results.results.items():
             for key, value in metrics.items():
                 metric, _, rule = key.partition(",")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.text import cell
@@ -105,7 +105,7 @@ def read_verdicts(path: Path) -> Verdicts:
             tree = door.parse_json(line)
         except ValueError as error:
             raise UserError(f"{where} is not JSON ({error}); score again") from None
-        sample = kinds.check(kinds.SampleLine, tree, where, "score again")
+        sample = checked.check(kinds.SampleLine, tree, where, "score again")
         example = f"{sample.doc_id} {sample.doc_hash}"
         for metric, value in sample.verdict.items():
             if isinstance(value, float):  # counts, such as unparsed_gold, are whole numbers

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from fedex_scale.config.load import Source
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
-from fedex_scale.engine.build import Engine, set_side
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.contents import set_side
 from fedex_scale.engine.models import check_packing, load_tokenizer
 from fedex_scale.federation import checkpoint, server
 from fedex_scale.federation.checkpoint import Checkpoint
@@ -34,7 +35,8 @@ from fedex_scale.federation.directory import check_shared, make_directory
 from fedex_scale.federation.facts import ModelFacts
 from fedex_scale.federation.saves import FREE, Saver, newest
 from fedex_scale.federation.state import Place, ServerState
-from fedex_scale.files.adapters import Adapter, AdapterWriter
+from fedex_scale.files.adapter_writers import AdapterWriter
+from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.rounds import train
 from fedex_scale.run import engine_with, load_lesson

@@ -17,7 +17,8 @@ import torch
 from fedex_scale.config.learning import LoraSection
 from fedex_scale.config.settings import Config
 from fedex_scale.federation.facts import ModelFacts, open_adapter
-from fedex_scale.files.adapters import Adapter, PartWriter
+from fedex_scale.files.adapter_writers import PartWriter
+from fedex_scale.files.adapters import Adapter
 from fedex_scale.methods.algebra import LowRank, Pair, align, stack
 from fedex_scale.sites.sent import Sent
 

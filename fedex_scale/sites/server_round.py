@@ -27,11 +27,11 @@ from fedex_scale.config.settings import Config
 from fedex_scale.engine.models import load_tokenizer
 from fedex_scale.federation import server
 from fedex_scale.federation.directory import make_directory
-from fedex_scale.federation.export import write_adapters
 from fedex_scale.federation.facts import ModelFacts, no_weights
+from fedex_scale.federation.final import write_adapters
 from fedex_scale.federation.history import History
 from fedex_scale.federation.state import ServerState
-from fedex_scale.files.adapters import PartWriter
+from fedex_scale.files.adapter_writers import PartWriter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.algebra import LowRank
 from fedex_scale.rounds import client_weights

@@ -21,16 +21,9 @@ from fedex_scale.federation.client import train_client
 from fedex_scale.config.learning import TrainSection
 from fedex_scale.data.batching import Examples
 from fedex_scale.tasks.instruct import Tokens
-from fedex_scale.engine.build import (
-    Engine,
-    Source,
-    build_engine,
-    fold_targets,
-    read_base_weight,
-    read_pairs,
-    set_adapter,
-    set_side,
-)
+from fedex_scale.engine.build import Engine, build_engine
+from fedex_scale.engine.parameters import Source
+from fedex_scale.engine.contents import fold_targets, read_base_weight, read_pairs, set_adapter, set_side
 from fedex_scale.config.learning import EngineSection
 from fedex_scale.methods.interface import fresh_pair
 from fedex_scale.config.learning import ModelSection

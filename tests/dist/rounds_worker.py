@@ -12,7 +12,7 @@ import torch
 from many_rounds import drifting, rounds_of
 
 from fedex_scale.runtime import distributed
-from fedex_scale.federation.export import show_handed_over, write_final
+from fedex_scale.federation.final import show_handed_over, write_final
 
 NUM_ROUNDS = 8
 

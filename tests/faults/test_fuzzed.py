@@ -13,7 +13,7 @@ from resuming import write_config
 from fedex_scale.run import run_config
 
 ROOT = Path(__file__).parents[2]
-CASES, SECONDS = 60, 35
+CASES, SECONDS = 100, 60
 
 
 def test_every_command_survives_what_is_drawn(tiny_llama: Path, tmp_path: Path) -> None:

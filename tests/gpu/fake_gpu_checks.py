@@ -22,8 +22,7 @@ from fedex_scale.aggregation.weights import Target, fold
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
 from fedex_scale.data.batching import Examples, collate, pack
-from fedex_scale.engine import build as engines
-from fedex_scale.engine import models
+from fedex_scale.engine import build, contents, models, training
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.federation.client import take_factors
 from fedex_scale.files.adapters import Adapter
@@ -99,30 +98,30 @@ def four_examples() -> Examples:
 
 
 def test_a_step_waits_for_its_loss_and_nothing_else(config: Path) -> None:
-    with fake_gpu(), patch.object(engines, "load_base", new_base):
+    with fake_gpu(), patch.object(build, "load_base", new_base):
         engine, examples = on_gpu(config), four_examples()
-        engines.set_side(engine, factors_of(engine, 6).__getitem__)
-        engines.reset_for_client(engine, factors_of(engine, 3).__getitem__, side=True)
+        contents.set_side(engine, factors_of(engine, 6).__getitem__)
+        training.reset_for_client(engine, factors_of(engine, 3).__getitem__, side=True)
         batches = [collate(examples, pair, fallback=0, pad_id=0) for pair in ([0, 1], [2, 3])]
-        engines.train_step(engine, batches, units=15, lr=1e-3)
+        training.train_step(engine, batches, units=15, lr=1e-3)
         WAITS.clear()
-        engines.train_step(engine, batches, units=15, lr=1e-3)
+        training.train_step(engine, batches, units=15, lr=1e-3)
         assert WAITS == ["aten._local_scalar_dense.default"]
 
 
 def test_clients_train_on_a_gpu_and_leave_it(config: Path) -> None:
     examples = four_examples()
-    with fake_gpu(), patch.object(engines, "load_base", new_base):
+    with fake_gpu(), patch.object(build, "load_base", new_base):
         engine = on_gpu(config)
         server = factors_of(engine, 3)
         for side in (False, True):
-            engines.set_side(engine, factors_of(engine, 6).__getitem__)
-            engines.reset_for_client(engine, server.__getitem__, side=side)
+            contents.set_side(engine, factors_of(engine, 6).__getitem__)
+            training.reset_for_client(engine, server.__getitem__, side=side)
             batches = [
                 collate(examples, [0, 1], fallback=0, pad_id=0),
                 pack(examples, [2, 3], fallback=0),
             ]
-            engines.train_step(engine, batches, units=15, lr=1e-3)
+            training.train_step(engine, batches, units=15, lr=1e-3)
             moments = engine.optimizer.state.values()
             assert {state["exp_avg"].device for state in moments} == {GPU}
             assert {tensor.device for tensor in everything(engine)} == {GPU}
@@ -134,9 +133,9 @@ def test_clients_train_on_a_gpu_and_leave_it(config: Path) -> None:
 
 @pytest.mark.parametrize("carry", [False, True])
 def test_every_weight_takes_a_fold_where_it_lies(config: Path, carry: bool) -> None:
-    with fake_gpu(), patch.object(engines, "load_base", new_base):
+    with fake_gpu(), patch.object(build, "load_base", new_base):
         engine = on_gpu(config)
-        for layer, target in engines.fold_targets(engine).items():
+        for layer, target in contents.fold_targets(engine).items():
             num_out, num_in = engine.shapes()[layer]
             piece = LowRank(torch.ones(num_out, 4, device=GPU), torch.ones(4, num_in, device=GPU))
             fold(target, [piece], carry=carry)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedex_scale.files import kinds
+from fedex_scale.files import checked, kinds
 from fedex_scale.files.patterns import Matcher
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
@@ -201,5 +201,5 @@ def test_a_kind_names_file_and_key(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(UserError) as caught:
-            kinds.read(kinds.PartitionFile, file)
+            checked.read(kinds.PartitionFile, file)
         assert str(caught.value).startswith(f"{file}: {told}"), caught.value

@@ -12,7 +12,7 @@ from resuming import differing, write_config
 from safetensors.torch import load_file
 
 from fedex_scale.cli import main
-from fedex_scale.engine.build import fold_targets
+from fedex_scale.engine.contents import fold_targets
 from fedex_scale.federation.server import aggregate_round
 
 

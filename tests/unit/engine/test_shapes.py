@@ -10,7 +10,8 @@ import torch
 
 from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.engine import lora_model, models
-from fedex_scale.engine.build import Engine, fold_targets
+from fedex_scale.engine.build import Engine
+from fedex_scale.engine.contents import fold_targets
 from fedex_scale.engine.lora_model import CLIENT
 from fedex_scale.engine.models import CONFIGS
 from fedex_scale.runtime.errors import UserError

@@ -14,7 +14,8 @@ from transformers import get_scheduler
 from fedex_scale.config.federation import FederationSection
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, TrainSection
 from fedex_scale.data.batching import plan_steps
-from fedex_scale.engine.build import build_engine, train_step
+from fedex_scale.engine.build import build_engine
+from fedex_scale.engine.training import train_step
 from fedex_scale.federation.client import ClientUpdate, learning_rate, num_steps
 from fedex_scale.rounds import choose_clients, client_weights
 

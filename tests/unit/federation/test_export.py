@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from two_rounds import RANK, assert_same_logits, dense_model, load, two_rounds
 
-from fedex_scale.federation.export import show_handed_over
+from fedex_scale.federation.final import show_handed_over
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.runtime.errors import UserError
 

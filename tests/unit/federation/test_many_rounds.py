@@ -18,7 +18,7 @@ from tiny import logits, make_llama
 from transformers import AutoModelForCausalLM
 
 from fedex_scale.engine.lora_model import SIDE
-from fedex_scale.federation.export import show_handed_over, write_final
+from fedex_scale.federation.final import show_handed_over, write_final
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.methods.algebra import Pair
 

@@ -17,7 +17,8 @@ from tiny import logits, near, random_pairs, save_adapter
 from transformers import AutoModelForCausalLM
 
 from fedex_scale.config.learning import LoraSection
-from fedex_scale.files.adapters import Adapter, AdapterWriter, LayerPairs, write_joined
+from fedex_scale.files.adapter_writers import AdapterWriter, write_joined
+from fedex_scale.files.adapters import Adapter, LayerPairs
 from fedex_scale.files.tensorfile import SafetensorsWriter
 from fedex_scale.methods.algebra import LowRank, Pair
 
