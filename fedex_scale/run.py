@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
+from fedex_scale.aggregation.ranks import base_update_rank, side_rank_of
 from fedex_scale.config.load import Source, load_config
 from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
@@ -34,7 +34,8 @@ from fedex_scale.federation.directory import (
     restore_config,
 )
 from fedex_scale.federation.final import show_handed_over, write_final
-from fedex_scale.federation.saves import Found, Saver
+from fedex_scale.federation.resume import Found
+from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir

@@ -11,13 +11,8 @@ import torch
 from layer_oracles import WEIGHTS, dense, product
 from tiny import near, random_pairs, save_adapter
 
-from fedex_scale.aggregation.aggregator import (
-    AggregateReport,
-    Round,
-    Sinks,
-    aggregate,
-    base_update_rank,
-)
+from fedex_scale.aggregation.aggregator import AggregateReport, Round, Sinks, aggregate
+from fedex_scale.aggregation.ranks import base_update_rank
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.files.adapters import Adapter

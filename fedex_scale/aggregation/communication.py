@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from fedex_scale.aggregation.aggregator import base_update_rank
+from fedex_scale.aggregation.ranks import base_update_rank
 from fedex_scale.config.federation import MethodConfig
 from fedex_scale.methods.all import METHODS
 from fedex_scale.runtime.errors import UserError

@@ -9,13 +9,8 @@ from typing import Literal
 
 import torch
 
-from fedex_scale.aggregation.aggregator import (
-    MAX_SIDE_RANK,
-    Round,
-    base_update_rank,
-    check_clients,
-    is_streamed,
-)
+from fedex_scale.aggregation.aggregator import Round, check_clients
+from fedex_scale.aggregation.ranks import MAX_SIDE_RANK, base_update_rank, is_streamed
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory

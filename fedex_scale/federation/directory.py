@@ -19,7 +19,7 @@ from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.config.yamlfile import read_yaml
 from fedex_scale.federation.checkpoint import Checkpoint, rewind
-from fedex_scale.federation.saves import FREE, Found, differences, find
+from fedex_scale.federation.resume import FREE, Found, differences, find
 from fedex_scale.files.adapters import Adapter, base_name
 from fedex_scale.files.run_dir import CONFIG_FILE, RunDir
 from fedex_scale.runtime import distributed

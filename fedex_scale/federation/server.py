@@ -12,16 +12,9 @@ from pathlib import Path
 import torch
 
 from fedex_scale.aggregation import deviation
-from fedex_scale.aggregation.aggregator import (
-    AggregateReport,
-    Round,
-    Sinks,
-    aggregate,
-    base_update_rank,
-    is_streamed,
-    update_of,
-)
+from fedex_scale.aggregation.aggregator import AggregateReport, Round, Sinks, aggregate, update_of
 from fedex_scale.aggregation.deviation import Deviation
+from fedex_scale.aggregation.ranks import base_update_rank, is_streamed
 from fedex_scale.aggregation.screening import screen
 from fedex_scale.aggregation.weights import Target
 from fedex_scale.config.settings import Config

@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
 from fedex_scale.aggregation.communication import Traffic, traffic
+from fedex_scale.aggregation.ranks import base_update_rank, side_rank_of
 from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
 from fedex_scale.config.shipped import names_of

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
+from fedex_scale.aggregation.ranks import base_update_rank, side_rank_of
 from fedex_scale.config.settings import Config
 from fedex_scale.planning.footprint import Weights, Work
 from fedex_scale.planning.machine import Machine

@@ -33,7 +33,8 @@ from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import num_steps, read_update
 from fedex_scale.federation.directory import check_shared, make_directory
 from fedex_scale.federation.facts import ModelFacts
-from fedex_scale.federation.saves import FREE, Saver, newest
+from fedex_scale.federation.resume import FREE, newest
+from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import Place, ServerState
 from fedex_scale.files.adapter_writers import AdapterWriter
 from fedex_scale.files.adapters import Adapter

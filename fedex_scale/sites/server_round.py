@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedex_scale.aggregation.aggregator import side_rank_of
+from fedex_scale.aggregation.ranks import side_rank_of
 from fedex_scale.config.load import Source
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config

@@ -31,7 +31,7 @@ from server_oracle import (
 )
 from tiny import random_pairs, save_adapter
 
-from fedex_scale.aggregation.aggregator import base_update_rank, side_rank_of
+from fedex_scale.aggregation.ranks import base_update_rank, side_rank_of
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.methods.algebra import Pair, normalise_weights
