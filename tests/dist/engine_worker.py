@@ -150,8 +150,8 @@ def check_side(engine: Engine, start: dict[str, Pair]) -> dict:
     set_adapter(engine, given(start), side=False)
     by_base = logits(engine)
     return {
-        "shift": float((shifted - by_base).abs().max()),
-        "side_error": float((by_side - by_base).abs().max()),
+        "shift": float((shifted - by_base).norm() / by_base.norm()),
+        "side_error": float((by_side - by_base).norm() / by_base.norm()),
     }
 
 
