@@ -27,10 +27,8 @@ from fedex_scale.runtime.errors import UserError
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Not later, as PEFT speaks when it is imported.
-logging.disable(logging.WARNING)
-warnings.simplefilter("ignore")
-disable_progress_bar()
+# It speaks when PEFT imports it; all else is silenced by `start`, as tests import this, too.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 MODEL = "models/SmolLM2-135M-Instruct"
 
@@ -82,6 +80,9 @@ def start(doc: str, benchmark: Callable[[argparse.Namespace], None], **options: 
     for name, keywords in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
     if "GOMP_SPINCOUNT" not in os.environ:  # as the program does; read when torch is loaded
         os.environ["GOMP_SPINCOUNT"] = "1000"
         os.execv(sys.executable, [sys.executable, *sys.argv])
