@@ -18,7 +18,7 @@ from fedex_scale.config.settings import Config
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building, check_out
 
-APP = Path(__file__).parents[1] / "flower" / "app.py"
+APP = Path(__file__).parents[1] / "flower"
 MODULE = "fedex_flower"
 DAYS = 365
 _PROJECT = """\
@@ -38,8 +38,8 @@ dependencies = ["flwr>=1.42,<1.43"]
 publisher = "fedex-scale"
 
 [tool.flwr.app.components]
-serverapp = "{module}:server"
-clientapp = "{module}:client"
+serverapp = "{module}.app:server"
+clientapp = "{module}.app:client"
 
 # Of the server. A site's settings are its SuperNode's --node-config.
 [tool.flwr.app.config]
@@ -98,7 +98,7 @@ def write_app(
     with building(out, num_bytes=2**16) as scratch:
         project = _PROJECT.format(module=MODULE, deadline_s=deadline_s, **_quoted(values))
         (scratch / "pyproject.toml").write_text(project, encoding="utf-8")
-        shutil.copyfile(APP, scratch / f"{MODULE}.py")
+        shutil.copytree(APP, scratch / MODULE, ignore=shutil.ignore_patterns("__pycache__"))
         (scratch / ".flwr").mkdir()
         text = _CONNECTION.format(**_quoted(connection))
         (scratch / ".flwr" / "config.toml").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """What the app does with sites of every sort; run by Flower's Python, with the app on its path.
 
-flower_checks.py APP_FOLDER RUN_FOLDER
+flower_checks.py PACKAGE RUN_FOLDER
 """
 
 import json
@@ -10,78 +10,129 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, sys.argv[1])
-import app
+from flower import gather as rounds
+from flower import pieces
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 
 
-class Sites:
-    """A grid whose nodes answer as they are told to.
+class Site:
+    """A site that is given its pieces, and sends what it is told to.
 
     Args:
-        answers: by node, what it sends each time it is asked; None: nothing, ever.
+        files: its result, by name.
+        sizes: that it tells; none: the true ones.
+        bend: changes the pieces that it gives.
     """
 
-    def __init__(self, answers, names):
-        self.answers, self.names, self.asked, self.waiting = answers, names, [], {}
+    def __init__(self, files, sizes=None, bend=lambda content: content):
+        self.files, self.bend = files, bend
+        self.sizes = {n: len(x) for n, x in files.items()} if sizes is None else sizes
+        self.taken = {}
+
+    def answer(self, kind, content):
+        if kind == "query.take":
+            if content["how"]["first"]:
+                self.taken = {}
+            for name, (offset, _) in content["part"].items():
+                known = self.taken.get(name, b"")
+                assert len(known) == offset
+                self.taken[name] = known + content["blobs"][name].data
+            return RecordDict({})
+        if kind == "train":
+            return RecordDict({"sizes": ConfigRecord(self.sizes)})
+        part = {name: tuple(place) for name, place in content["part"].items()}
+        data = {n: self.files.get(n, b"")[at : at + size] for n, (at, size) in part.items()}
+        return self.bend(RecordDict({"blobs": blobs(data), "part": content["part"]}))
+
+
+class Trains(Site):
+    """One that answers its training with something else."""
+
+    def __init__(self, answer):
+        super().__init__({})
+        self.told = answer
+
+    def answer(self, kind, content):
+        return self.told if kind == "train" else super().answer(kind, content)
+
+
+class Silent(Site):
+    """One that takes and trains, and then says no more."""
+
+
+class Grid:
+    """A grid of such sites; one that is an Error or None answers with it whatever it is asked.
+
+    Counts how often each is asked to train, or fails before, and what is under way.
+    """
+
+    def __init__(self, sites, names):
+        self.sites, self.names, self.asked, self.waiting = sites, names, [], {}
+        self.most, self.number = 0, 0
 
     def get_nodes(self):
         return [
             SimpleNamespace(node_id=n, public_key=b"key %d" % n, name=self.names.get(n, ""))
-            for n in self.answers
+            for n in self.sites
         ]
 
     def push_messages(self, messages):
         (message,) = messages
-        node = message.metadata.dst_node_id
-        self.asked.append(node)
-        identity = f"{node}-{len(self.asked)}"
-        self.waiting[identity] = (node, self.answers[node])
-        return [identity]
+        node, site = message.metadata.dst_node_id, self.sites[message.metadata.dst_node_id]
+        if message.kind == "train" or not isinstance(site, Site):
+            self.asked.append(node)
+        self.number += 1
+        self.waiting[str(self.number)] = (site, message)
+        asked = [m.content["blobs"] for _, m in self.waiting.values() if "blobs" in m.content]
+        self.most = max(self.most, sum(len(x.data) for part in asked for x in part.values()))
+        return [str(self.number)]
 
     def pull_messages(self, identities):
         (identity,) = identities
-        node, answer = self.waiting.get(identity, (0, None))
-        if answer is None:
+        site, message = self.waiting[identity]
+        if site is None or (isinstance(site, Silent) and message.kind == "query.give"):
             return []
         del self.waiting[identity]
-        metadata = SimpleNamespace(src_node_id=node)
-        failed = isinstance(answer, Error)
-        return [
-            SimpleNamespace(
-                metadata=metadata,
-                has_error=lambda: failed,
-                error=answer,
-                content=None if failed else answer(),
-            )
-        ]
+        failed = isinstance(site, Error)
+        content = None if failed else site.answer(message.kind, message.content)
+        return [SimpleNamespace(has_error=lambda: failed, error=site, content=content)]
 
 
-def files(**blobs):
-    arrays = {
-        name.replace("__", "/").replace("_json", ".json"): Array(
-            dtype="uint8", shape=(len(data),), stype="file", data=data
-        )
-        for name, data in blobs.items()
-    }
-    return RecordDict({"files": ArrayRecord(arrays)})
+def blobs(data):
+    return ArrayRecord(
+        {n: Array(dtype="uint8", shape=(len(x),), stype="file", data=x) for n, x in data.items()}
+    )
 
 
 def result(client):
-    return lambda: files(client_json=json.dumps({"client": client}).encode())
+    told = json.dumps({"client": client}).encode()
+    return Site({"client.json": told, "adapter_model.safetensors": bytes(range(256)) * 9})
+
+
+def other(**records):
+    return Site({"client.json": b"{}"}, bend=lambda content: RecordDict(records))
 
 
 FAILED = RecordDict({"failed": ConfigRecord({"code": 2})})
 BAD = {
-    "a strange name": lambda: files(escape__json=b"{}"),
-    "a path": lambda: RecordDict(
-        {"files": ArrayRecord({"../../x": Array(dtype="u", shape=(1,), stype="f", data=b"x")})}
-    ),
-    "no client.json": lambda: files(adapter_config_json=b"{}"),
-    "no number": lambda: files(client_json=b'{"client": "x"}'),
-    "deep": lambda: files(client_json=b"[" * 100_000),
-    "no files": lambda: RecordDict({}),
-    "another kind": lambda: RecordDict({"files": ConfigRecord({"a": 1})}),
-    "failed": lambda: FAILED,
+    "a strange name": Site({"escape.json": b"{}"}),
+    "a path": Site({"../../x": b"x"}),
+    "no client.json": Site({"adapter_config.json": b"{}"}),
+    "no number": Site({"client.json": b'{"client": "x"}'}),
+    "no end of a number": Site({"client.json": b'{"client": 1e999}'}),
+    "deep": Site({"client.json": b"[" * 100_000}),
+    "endless": Site({}, sizes={"client.json": 2**60}),
+    "nothing": Site({}, sizes={"client.json": 0}),
+    "less than nothing": Site({}, sizes={"client.json": -5}),
+    "fewer bytes": Site({"client.json": b"{}"}, sizes={"client.json": 5}),
+    "no sizes": Trains(RecordDict({})),
+    "another kind of sizes": Trains(RecordDict({"sizes": blobs({"client.json": b"x"})})),
+    "sizes that are lists": Trains(RecordDict({"sizes": ConfigRecord({"client.json": [1, 2]})})),
+    "another file's piece": other(blobs=blobs({"adapter_config.json": b"{}"})),
+    "more bytes": other(blobs=blobs({"client.json": b"{}" * 99})),
+    "no pieces": other(),
+    "another kind": other(blobs=ConfigRecord({"client.json": 1})),
+    "failed": Trains(FAILED),
     "an error": Error(5, "gone"),
 }
 
@@ -90,33 +141,50 @@ def gather(folder, answers, deadline=60.0, sites=3, names=()):
     sent = folder / "sent" / "round-0001"
     sent.mkdir(parents=True, exist_ok=True)
     (sent / "server.json").write_text(json.dumps({"clients": sites}))
-    grid = Sites(answers, dict(names))
+    (sent / "adapter").mkdir(exist_ok=True)
+    (sent / "adapter" / "adapter_model.safetensors").write_bytes(bytes(range(251)) * 20)
+    grid = Grid(answers, dict(names))
     began = time.monotonic()
-    app._gather(grid, {"deadline-s": deadline}, folder, 1)
+    rounds.gather(grid, {"deadline-s": deadline}, folder, 1)
     there = sorted(path.name for path in (folder / "arrived" / "round-0001").iterdir())
     return there, grid, time.monotonic() - began
 
 
 def main(folder: Path) -> None:
-    app.LOOK_EVERY_S = 0.01
+    rounds.LOOK_EVERY_S, rounds.PIECE, pieces.PIECE = 0.001, 1000, 1000
     # Flower's own wants to be within a run.
-    app.Message = lambda content, node, kind, **_: SimpleNamespace(
-        metadata=SimpleNamespace(dst_node_id=node)
+    rounds.Message = lambda content, node, kind, **_: SimpleNamespace(
+        metadata=SimpleNamespace(dst_node_id=node), content=content, kind=kind
     )
-    there, grid, _ = gather(folder / "all", {7: result(0), 8: result(1), 9: result(2)})
+    sites = {7: result(0), 8: result(1), 9: result(2)}
+    there, grid, _ = gather(folder / "all", sites)
     assert there == ["site-0000", "site-0001", "site-0002"], there
     assert sorted(grid.asked) == [7, 8, 9]
+    state = folder / "all" / "sent" / "round-0001"
+    for number, site in enumerate(sites.values()):
+        for got, path in ((site.taken, state), (site.files, folder / "all" / "arrived")):
+            path = path / "round-0001" / f"site-{number:04d}" if got is site.files else path
+            assert got == {name: (path / name).read_bytes() for name in got}
+    whole = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+    assert 1000 < grid.most <= whole / 4 + 1000, grid.most  # several at once, and not all
     there, grid, _ = gather(folder / "all", {7: result(0), 8: result(1), 9: result(2)})
     assert grid.asked == []  # after a restart nobody is asked again
     for name, answer in BAD.items():
         there, grid, took = gather(folder / name, {7: result(0), 8: answer, 9: result(2)})
         assert there == ["site-0000", "site-0002"], (name, there)
-        assert grid.asked.count(8) == app.ATTEMPTS, name
+        assert grid.asked.count(8) == rounds.ATTEMPTS, name
         assert took < 30, name  # it is given up, and the deadline not waited for
         assert not list(folder.rglob("x"))
     there, grid, took = gather(folder / "late", {7: result(0), 8: None, 9: result(2)}, 0.5)
     assert there == ["site-0000", "site-0002"]
     assert took < 5
+    rounds.PATIENCE_S = 0.05  # one that falls silent does not keep its room
+    silent = {node: Silent(result(node).files) for node in (7, 8)}
+    there, grid, took = gather(folder / "silent", silent | {9: result(2)})
+    rounds.PATIENCE_S = 600.0
+    assert there == ["site-0002"]
+    assert grid.asked.count(7) == grid.asked.count(8) == rounds.ATTEMPTS
+    assert took < 30
     # A node that takes the number of another is refused, in this round and in later ones.
     there, grid, _ = gather(folder / "thief", {7: result(0), 8: result(0), 9: result(2)})
     assert there == ["site-0000", "site-0002"]

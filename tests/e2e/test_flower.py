@@ -55,7 +55,7 @@ def assert_equal(simulated: Path, run: Path) -> None:
 
 def test_sites_that_are_late_fail_or_send_what_they_should_not(tmp_path: Path) -> None:
     checks = Path(__file__).with_name("flower_checks.py")
-    command = [FLOWER / "python", checks, ROOT / "fedex_scale" / "flower", tmp_path]
+    command = [FLOWER / "python", checks, ROOT / "fedex_scale", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
