@@ -17,10 +17,11 @@ from typing import NamedTuple
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from .pieces import PIECE, RETURNED, SENT, Part, cut, read_part, record_of, sizes_of, write_part
+from .pieces import RETURNED, SENT, Part, cut, read_part, record_of, sizes_of, write_part
 
 ATTEMPTS = 3  # of a site in a round, where it told of a failure
 LOOK_EVERY_S = 0.2
+MIN_PIECE = 2**22  # bytes
 PATIENCE_S = 600.0  # for a piece; training may take until the deadline
 NO_RESULT = (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError)
 
@@ -82,19 +83,21 @@ def _steps(
         ValueError and others of NO_RESULT: what it sends is not a result.
     """
     sizes = sizes_of(sent, SENT)
-    for number, part in enumerate(cut(sizes)):
+    total = sum(sizes.values())
+    piece = MIN_PIECE + total // 16
+    for number, part in enumerate(cut(sizes, piece)):
         yield Ask("query.take", part, sent, first=not number)
     answer = yield Ask("train")
     if "failed" in answer:
         raise ValueError("it failed; its own log says why")
     told = {name: int(size) for name, size in answer["sizes"].items()}
-    most = 2 * sum(sizes.values()) + 2**20
+    most = 2 * total + 2**20
     if not set(told) <= RETURNED or min(told.values()) < 1 or sum(told.values()) > most:
         raise ValueError(f"expected sizes of {sorted(RETURNED)}, at most {most} bytes in all")
     scratch = arrived / f".node-{node}"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        for part in cut(told):
+        for part in cut(told, piece):
             answer = yield Ask("query.give", part)
             write_part(answer, part, scratch)
         number = int(json.loads((scratch / "client.json").read_text())["client"])
@@ -113,7 +116,7 @@ def gather(grid: Grid, settings: dict, run: Path, number: int) -> None:
     sent, arrived = (run / name / f"round-{number:04d}" for name in ("sent", "arrived"))
     arrived.mkdir(parents=True, exist_ok=True)
     sites = json.loads((sent / "server.json").read_text())["clients"]
-    room = sum(sizes_of(sent, SENT).values()) // 4 + PIECE  # bytes that may be under way
+    room = MIN_PIECE + sum(sizes_of(sent, SENT).values()) // 4  # bytes that may be under way
     end = time.monotonic() + float(settings["deadline-s"])
     talks: dict[int, Talk] = {}
     failures: dict[int, int] = {}

@@ -10,8 +10,6 @@ SENT = frozenset(
     "side/adapter_config.json side/adapter_model.safetensors".split()
 )
 RETURNED = frozenset("client.json adapter_config.json adapter_model.safetensors".split())
-PIECE = 2**24  # bytes in a message
-
 Part = Mapping[str, tuple[int, int]]
 """What goes into a message: where in which file it begins, and its bytes."""
 
@@ -21,9 +19,9 @@ def sizes_of(folder: Path, names: frozenset[str]) -> dict[str, int]:
     return {x: (folder / x).stat().st_size for x in sorted(names) if (folder / x).is_file()}
 
 
-def cut(sizes: Mapping[str, int]) -> Iterator[Part]:
-    """Yield what goes into each message: at most PIECE bytes, of one file or of several."""
-    part, room = {}, PIECE
+def cut(sizes: Mapping[str, int], most: int) -> Iterator[Part]:
+    """Yield what goes into each message: at most so many bytes, of one file or of several."""
+    part, room = {}, most
     for name, size in sizes.items():
         offset = 0
         while offset < size:
@@ -32,7 +30,7 @@ def cut(sizes: Mapping[str, int]) -> Iterator[Part]:
             offset, room = offset + length, room - length
             if not room:
                 yield part
-                part, room = {}, PIECE
+                part, room = {}, most
     if part:
         yield part
 
