@@ -130,10 +130,15 @@ class Loopback:
         return {**os.environ, **quiet, **home, **path}
 
     def _start(self, name: str, program: str, *arguments: object) -> None:
+        # What a SuperLink's many threads free stays with each of them, otherwise.
+        frugal = {"MALLOC_ARENA_MAX": "2"} if name == "superlink" else {}
         with (self.folder / "logs" / f"{name}.log").open("ab") as log:
-            command = [str(self._flower / program), *map(str, arguments)]
             self.processes[name] = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment
+                [str(self._flower / program), *map(str, arguments)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self.environment | frugal,
             )
 
     def _flwr(self, *arguments: object) -> str:

@@ -21,7 +21,7 @@ from .pieces import RETURNED, SENT, Part, cut, read_part, record_of, sizes_of, w
 
 ATTEMPTS = 3  # of a site in a round, where it told of a failure
 LOOK_EVERY_S = 0.2
-MIN_PIECE = 2**22  # bytes
+MIN_PIECE = 6 * 2**20  # bytes
 PATIENCE_S = 600.0  # for a piece; training may take until the deadline
 NO_RESULT = (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError)
 
