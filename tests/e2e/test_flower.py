@@ -77,18 +77,19 @@ def test_a_round_over_tls_is_the_simulations(tiny_llama: Path, tmp_path: Path) -
     assert len(json.loads((sites.run / "nodes.json").read_text())) == 2
 
 
-KILLS = ("supernode", "serverapp", "superlink", "rank")
+KILLS, MOMENTS = ("supernode", "serverapp", "superlink", "rank"), 10
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", range(MOMENTS))
 @pytest.mark.parametrize("victim", KILLS)
 def test_whatever_is_killed_the_federation_goes_on(
-    victim: str, tiny_llama: Path, tmp_path: Path
+    victim: str, moment: int, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """At a seeded moment; what ended is started again, as a service manager would."""
     folder = write_federation(tiny_llama, tmp_path)
     run_config(folder / "simulation.yaml", [])
-    draw = random.Random(f"flower {victim}")
+    draw = random.Random(f"flower {victim} {moment}")
     with Loopback(folder / "loopback", folder / "server.yaml", FLOWER, PROGRAM) as sites:
         start_all(sites, folder, 3)
         wait_for(lambda: "asked node" in sites.log("run"))
