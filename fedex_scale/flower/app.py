@@ -9,6 +9,7 @@ counts lies in RUN and at the sites: whatever is killed, `flwr run` once more go
 
 import ctypes
 import fcntl
+import re
 import shlex
 import shutil
 import signal
@@ -44,12 +45,12 @@ def serve(grid: Grid, context: Context) -> None:
 def take(message: Message, context: Context) -> Message:
     """Put a piece of the server's state where it belongs."""
     folder = Path(str(context.node_config["folder"]))
-    part = part_of(message.content, SENT)
+    part, state = part_of(message.content, SENT), _state(folder, message)
     with _alone(folder):
-        if message.content["how"]["first"]:
+        if not state.exists():
             for path in (folder / "server", folder / "out"):
                 shutil.rmtree(path, ignore_errors=True)
-        write_part(message.content, part, folder / "server")
+        write_part(message.content, part, state)
     return Message(RecordDict({}), reply_to=message)
 
 
@@ -62,7 +63,8 @@ def train(message: Message, context: Context) -> Message:
     with _alone(folder):  # Flower may ask twice: the second finds the first one's result
         shutil.rmtree(out, ignore_errors=True)
         command = [*shlex.split(str(site["command"])), "client-round", "--config"]
-        command += [str(site["config"]), "--server", str(folder / "server"), "--out", str(out)]
+        command += [str(site["config"]), "--server", str(_state(folder, message))]
+        command += ["--out", str(out)]
         code = _call(command)
         if code:  # why, is in this site's own log; it may tell of its data
             content = {"failed": ConfigRecord({"code": code})}
@@ -85,6 +87,18 @@ def open_round(run: Path) -> int | None:
     if (run / "final").is_dir():
         return None
     return max(int(path.name.removeprefix("round-")) for path in (run / "sent").glob("round-*"))
+
+
+def _state(folder: Path, message: Message) -> Path:
+    """Return where a state lies: by its hash, so that a piece that comes twice changes nothing.
+
+    Raises:
+        ValueError: no hash.
+    """
+    name = str(message.content["state"]["sha256"])
+    if not re.fullmatch("[0-9a-f]{64}", name):
+        raise ValueError("expected a state by its SHA-256")
+    return folder / "server" / name
 
 
 def _call_server(settings: dict, *options: str) -> None:

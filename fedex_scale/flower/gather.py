@@ -28,22 +28,26 @@ NO_RESULT = (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionE
 
 @dataclass
 class Ask:
-    """What a site is to be asked next."""
+    """What a site is to be asked next.
+
+    Fields:
+        state: SHA-256 of the server.json that it is about.
+        part: what is to be sent from `source`, or given.
+    """
 
     kind: str
+    state: str
     part: Part = field(default_factory=dict)
     source: Path | None = None
-    first: bool = False
 
     @property
     def num_bytes(self) -> int:
         return sum(length for _, length in self.part.values())
 
     def content(self) -> RecordDict:
-        if self.source is None:
-            return RecordDict({"part": record_of(self.part)})
-        content = read_part(self.source, self.part)
-        content["how"] = ConfigRecord({"first": self.first})
+        content = read_part(self.source, self.part) if self.source else RecordDict({})
+        content["part"] = record_of(self.part)
+        content["state"] = ConfigRecord({"sha256": self.state})
         return content
 
 
@@ -82,12 +86,13 @@ def _steps(
     Raises:
         ValueError and others of NO_RESULT: what it sends is not a result.
     """
+    state = hashlib.sha256((sent / "server.json").read_bytes()).hexdigest()
     sizes = sizes_of(sent, SENT)
     total = sum(sizes.values())
     piece = MIN_PIECE + total // 16
-    for number, part in enumerate(cut(sizes, piece)):
-        yield Ask("query.take", part, sent, first=not number)
-    answer = yield Ask("train")
+    for part in cut(sizes, piece):
+        yield Ask("query.take", state, part, sent)
+    answer = yield Ask("train", state)
     if "failed" in answer:
         raise ValueError("it failed; its own log says why")
     told = {name: int(size) for name, size in answer["sizes"].items()}
@@ -98,7 +103,7 @@ def _steps(
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         for part in cut(told, piece):
-            answer = yield Ask("query.give", part)
+            answer = yield Ask("query.give", state, part)
             write_part(answer, part, scratch)
         number = int(json.loads((scratch / "client.json").read_text())["client"])
         _pin(run, number, who)

@@ -43,11 +43,11 @@ def read_part(folder: Path, part: Part) -> RecordDict:
             file.seek(offset)
             data = file.read(length)
         blobs[name] = Array(dtype="uint8", shape=(len(data),), stype="file", data=data)
-    return RecordDict({"blobs": ArrayRecord(blobs), "part": record_of(part)})
+    return RecordDict({"blobs": ArrayRecord(blobs)})
 
 
 def write_part(content: RecordDict, part: Part, folder: Path) -> None:
-    """Write pieces of files where those before them end.
+    """Write pieces of files where they belong.
 
     Raises:
         ValueError: the message holds other pieces than these.
@@ -58,9 +58,11 @@ def write_part(content: RecordDict, part: Part, folder: Path) -> None:
     for name, (offset, length) in part.items():
         path, data = folder / name, blobs[name].data
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            if len(data) != length or file.tell() != offset:
-                raise ValueError(f"expected {length} bytes of {name} at {offset}")
+        if len(data) != length:
+            raise ValueError(f"expected {length} bytes of {name}, got {len(data)}")
+        path.touch()
+        with path.open("r+b") as file:
+            file.seek(offset)
             file.write(data)
 
 
