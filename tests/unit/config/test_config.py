@@ -80,6 +80,17 @@ def test_overrides_hold_lists_mappings_nothing_and_text(load) -> None:
     assert config.model.path == "a=b"
 
 
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_is_nothing_where_a_key_may_be_null(load, word: str) -> None:
+    overrides = ["engine.deepspeed=zero2", "data.num_examples=3", "model.quantization=nf4"]
+    overrides += [f"engine.deepspeed={word}", f"data.num_examples={word}"]
+    config = load(*overrides, "model.quantization=none", "data.template=none")
+    assert (config.engine.deepspeed, config.data.num_examples) == (None, None)
+    assert (config.model.quantization, config.data.template) == ("none", "none")
+    with pytest.raises(UserError, match="batch_size: expected a whole number of at least 1"):
+        load(f"train.batch_size={word}")
+
+
 def test_an_override_reaches_a_section_that_the_file_leaves_empty(load) -> None:
     assert load("train.batch_size=7", train=None).train.batch_size == 7
 
