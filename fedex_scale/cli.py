@@ -228,10 +228,13 @@ def doctor(
 ) -> None:
     """Say what this machine has and lacks; exit code 1 if the config cannot run."""
     from fedex_scale.config.load import load_config
+
+    settings = load_config(config, overrides or []) if config else None
+
     from fedex_scale.planning.doctor import examine
 
     failed = False
-    for finding in examine(load_config(config, overrides or []) if config else None):
+    for finding in examine(settings):
         failed |= finding.fatal
         typer.echo(readable(finding))
     raise typer.Exit(int(failed))

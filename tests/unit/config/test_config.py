@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fedex_scale.config.load import load_config
 from fedex_scale.config.section import key_schemas, replace, to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.words import expected
 from fedex_scale.runtime.errors import UserError
 
 KEYS = [
@@ -310,6 +311,8 @@ def test_any_value_is_taken_as_it_is_or_refused_by_its_name(data: st.DataObject)
         assert "pydantic" not in told
     elif isinstance(value, str) and isinstance(taken, float):
         assert taken == float(value)  # YAML reads 5e-4 as text
+    elif value in ("none", "None") and taken is None:
+        assert "null" in expected(key_schemas(Config.model_fields[section].annotation)[key])
     else:
         assert taken == value
         assert isinstance(taken, bool) == isinstance(value, bool)
