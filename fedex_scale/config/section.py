@@ -70,9 +70,14 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _none_is_null(cls, value: Any, about: ValidationInfo) -> Any:
-        """Take the word none for null where a key may be null: so the descriptions have it."""
-        kinds = get_args(cls.model_fields[about.field_name].annotation)
-        return None if value in ("none", "None") and type(None) in kinds else value
+        """Take the word none for null where a key may be null: so the descriptions have it.
+
+        Null, as YAML reads `path=`, empties a text that may be empty.
+        """
+        field = cls.model_fields[about.field_name]
+        if value in ("none", "None") and type(None) in get_args(field.annotation):
+            return None
+        return "" if value is None and field.default == "" else value
 
     @model_validator(mode="after")
     def _go_together(self) -> Section:

@@ -92,6 +92,13 @@ def test_none_is_nothing_where_a_key_may_be_null(load, word: str) -> None:
         load(f"train.batch_size={word}")
 
 
+def test_a_path_is_emptied_by_an_override(load) -> None:
+    config = load("model.path=", "model.config=smollm2-135m", "model.random=true")
+    assert config.model.path == "smollm2-135m"
+    with pytest.raises(UserError, match=r"^model\.path: missing; add it"):
+        load("model.path=")
+
+
 def test_an_override_reaches_a_section_that_the_file_leaves_empty(load) -> None:
     assert load("train.batch_size=7", train=None).train.batch_size == 7
 
@@ -311,6 +318,8 @@ def test_any_value_is_taken_as_it_is_or_refused_by_its_name(data: st.DataObject)
         assert "pydantic" not in told
     elif isinstance(value, str) and isinstance(taken, float):
         assert taken == float(value)  # YAML reads 5e-4 as text
+    elif value is None and taken == "":
+        assert name in ("model.path", "data.path")
     elif value in ("none", "None") and taken is None:
         assert "null" in expected(key_schemas(Config.model_fields[section].annotation)[key])
     else:

@@ -126,6 +126,7 @@ def test_a_template_of_another_family(small: PreTrainedTokenizerBase, tmp_path) 
             "does not show turn 2, a tool call; set data.chat_template",
         ),
         (published.LLAMA32, [chat()[0], chat()[1], *chat()[2:]], "does not show turn 2, a tool"),
+        ("{{ 1 / 0 }}", [user("a"), assistant("b")], "refuses the turns (ZeroDivisionError: divi"),
         (None, [user("a"), tool("b")], "turn 2: expected assistant, as user and assistant take"),
         (None, [*chat()[:2], user("b")], "turn 3: expected tool, as it was called, got user"),
         (None, [*chat()[:2], assistant("b")], "turn 3: expected tool, as it was called, got assi"),
