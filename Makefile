@@ -17,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install check model flower quickstart federation test test-all lint docs bench clean
+.PHONY: help install check model flower quickstart federation test test-all test-lowest lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -54,6 +54,16 @@ test: install  ## Run the tests; those that need the model are skipped where it 
 test-all: install model flower  ## Run the slow tests as well
 	$(BIN)/python -m pytest tests
 
+test-lowest: .lowest/.installed  ## Import all and do a run with every dependency at its lower bound
+	.lowest/bin/python -m pytest tests/unit/test_imports.py tests/unit/config tests/unit/data \
+	  tests/e2e/test_trackers.py
+.lowest/.installed: pyproject.toml tests/lowest.py | install
+	$(PYTHON) -m venv --clear .lowest
+	$(BIN)/python tests/lowest.py > .lowest/requirements.txt
+	.lowest/bin/python -m pip install --quiet --requirement .lowest/requirements.txt
+	.lowest/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 lint: install  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,7 +75,7 @@ bench: install model  ## Run every benchmark, one after another
 	set -e; for file in $(filter-out %/common.py %/files.py %/methods.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:  ## Remove .venv and caches; models, data and runs stay
-	rm -rf .venv .flower build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .flower .lowest build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What an installation needs of the machine; $(error) ends in one line, before anything is made.

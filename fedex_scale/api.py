@@ -115,11 +115,13 @@ def preview(
         UserError: settings or data that cannot be used.
     """
     from fedex_scale.config.load import load_config
+
+    settings = load_config(config, overrides)  # before imports that take seconds
+
     from fedex_scale.data.clients import read_clients
     from fedex_scale.data.preview import show
     from fedex_scale.engine.models import load_tokenizer
 
-    settings = load_config(config, overrides)
     tokenizer = load_tokenizer(settings.model)
     yield from show(read_clients(settings, tokenizer), settings, tokenizer, number, color=color)
 
@@ -350,11 +352,13 @@ def plan(
         UserError: settings that cannot be, or a model whose config cannot be had.
     """
     from fedex_scale.config.load import load_config
+
+    settings = load_config(config, overrides)  # before imports that take seconds
+
     from fedex_scale.planning.choice import make_plan
     from fedex_scale.planning.machine import describe_machine
 
-    machine = describe_machine(gpus, gpu_memory, host_memory, nvme, tflops)
-    return make_plan(load_config(config, overrides), machine)
+    return make_plan(settings, describe_machine(gpus, gpu_memory, host_memory, nvme, tflops))
 
 
 def _begins(config: Config) -> str:

@@ -200,8 +200,6 @@ def plan(
     """Say what a config needs of a machine, from its sizes alone; exit code 1 if it cannot fit."""
     from rich.console import Console
 
-    from fedex_scale.planning.plan_table import show
-
     made = api.plan(
         config,
         overrides,
@@ -211,6 +209,9 @@ def plan(
         nvme=nvme,
         tflops=tflops,
     )
+
+    from fedex_scale.planning.plan_table import show
+
     console = Console(highlight=False, width=120)
     for part in show(made):
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
@@ -228,10 +229,13 @@ def doctor(
 ) -> None:
     """Say what this machine has and lacks; exit code 1 if the config cannot run."""
     from fedex_scale.config.load import load_config
+
+    settings = load_config(config, overrides or []) if config else None
+
     from fedex_scale.planning.doctor import examine
 
     failed = False
-    for finding in examine(load_config(config, overrides or []) if config else None):
+    for finding in examine(settings):
         failed |= finding.fatal
         typer.echo(readable(finding))
     raise typer.Exit(int(failed))

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedex_scale.config.words import choices, expected, named, nearest, shown
 from fedex_scale.runtime.errors import UserError
@@ -57,6 +66,18 @@ class Section(BaseModel):
     def problems(self) -> Iterator[str]:
         """Yield what does not go together, though each value is one that can be."""
         yield from ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_null(cls, value: Any, about: ValidationInfo) -> Any:
+        """Take the word none for null where a key may be null: so the descriptions have it.
+
+        Null, as YAML reads `path=`, empties a text that may be empty.
+        """
+        field = cls.model_fields[about.field_name]
+        if value in ("none", "None") and type(None) in get_args(field.annotation):
+            return None
+        return "" if value is None and field.default == "" else value
 
     @model_validator(mode="after")
     def _go_together(self) -> Section:

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fedex_scale.config.words import named, shown
-from fedex_scale.data.places import text_of
+from fedex_scale.config.words import named
+from fedex_scale.data.turns import Tools, Turns
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
-_ROLES |= {"gpt": "assistant"}
 # A template that tells the model the date would make other tokens every day. A template is given
 # plain data only, so that the date's function has to be one of its own.
 _DATE = "26 Jul 2024"
@@ -34,8 +31,6 @@ _DATE_FUNCTION = (
     + "".join(f"|replace('{part}', '{value}')" for part, value in _PARTS.items())
     + " }}{% endmacro %}{{ '' }}"
 )
-Turns = list[dict[str, Any]]
-"""Of each its role and its content; a `weight` of 0 is an answer that is not trained."""
 
 
 def template_of(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -67,29 +62,19 @@ def template_of(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
         ) from None
 
 
-def turns_of(row: Mapping[str, Any], column: str) -> Turns:
-    """Return a row's turns as role and content, of OpenAI's or ShareGPT's form.
-
-    Raises:
-        UserError: they are no chat; the message begins with what was expected.
-    """
-    told = row[column]
-    if not isinstance(told, list) or not told:
-        raise UserError(f"expected a list of turns in {column}, got {shown(told)}; correct it")
-    before, turns = row.get("system"), []
-    if isinstance(before, str) and before.strip() and column != "messages":
-        turns.append({"role": "system", "content": before})
-    for turn in told:
-        turns.append(_turn(turn, len(turns) + 1))
-    _check_order(turns)
-    return turns
-
-
-def render(turns: Turns, template: str, tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
+def render(
+    turns: Turns,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ask: bool,
+    tools: Tools | None = None,
+) -> str:
     """Return the template's text of the turns.
 
     Args:
         ask: end with the prompt that an assistant's turn follows.
+        tools: that the model may call.
 
     Raises:
         UserError: the template refuses them.
@@ -97,51 +82,18 @@ def render(turns: Turns, template: str, tokenizer: PreTrainedTokenizerBase, *, a
     try:
         (text,), _ = render_jinja_template(
             conversations=[turns],
+            tools=tools,
             chat_template=_DATE_FUNCTION * ("strftime_now" in template) + template,
             add_generation_prompt=ask,
             date_string=_DATE,
             **tokenizer.special_tokens_map,
         )
         return text
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
+    except Exception as error:  # a template is a program, and may do anything wrong
         raise UserError(
             f"the chat template refuses the turns ({type(error).__name__}: {error!s:.100}); change "
             "them, or set data.chat_template"
         ) from None
-
-
-def _turn(turn: Any, number: int) -> dict[str, Any]:
-    """Return a turn as role and content, and a weight of 0 where it has that."""
-    keys = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
-    role, content = (turn.get(key) if isinstance(turn, dict) else None for key in keys)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise UserError(
-            f"turn {number}: expected {keys[0]} to be one of {', '.join(_ROLES)}, got "
-            f"{shown(role if isinstance(turn, dict) else turn)}; take the row out or rewrite it"
-        )
-    content = text_of(content)
-    if not isinstance(content, str) or not content.strip():
-        got = (
-            "an empty turn" if content in (None, "") or isinstance(content, str) else shown(content)
-        )
-        raise UserError(
-            f"turn {number}: expected text in {keys[1]}, got {got}; take the row out or rewrite it"
-        )
-    untrained = {"weight": 0} if turn.get("weight") == 0 else {}
-    return {"role": _ROLES[role], "content": content, **untrained}
-
-
-def _check_order(turns: Turns) -> None:
-    first = int(turns[0]["role"] == "system")
-    for number, turn in enumerate(turns[first:], start=first):
-        expected = ("user", "assistant")[(number - first) % 2]
-        if turn["role"] != expected:
-            raise UserError(
-                f"turn {number + 1}: expected {expected}, as user and assistant take turns, got "
-                f"{turn['role']}; take the row out or join its turns"
-            )
-    if len(turns) - first < 2:
-        raise UserError("expected a turn of the assistant, got none; take the row out")
 
 
 def _any_of(texts: set[str]) -> str:
@@ -161,34 +113,74 @@ class ChatEncoder:
         self._template, self._tokenizer = template, tokenizer
         self._marks = _Marks(tokenizer)
 
-    def encode(self, turns: Turns) -> tuple[list[int], list[bool]]:
+    def encode(self, turns: Turns, tools: Tools | None = None) -> tuple[list[int], list[bool]]:
         """Return a chat's tokens, and which are trained.
 
         Raises:
-            UserError: the assistant's tokens cannot be told.
+            UserError: the assistant's tokens cannot be told, or the template leaves something out.
         """
-        text = render(turns, self._template, self._tokenizer, ask=False)
-        tokens, trained = self._marks.tokens(text, list(self._spans(text, turns)))
+        text = self._render(turns, tools)
+        self._check_tools(text, turns, tools)
+        tokens, trained = self._marks.tokens(text, list(self._spans(text, turns, tools)))
         answered = turns[-1]["role"] == "assistant" and any(trained)
         if answered and not self._marks.ends_turn(tokens, trained):
             return [*tokens, self._tokenizer.eos_token_id], [*trained, True]
         return tokens, trained
 
-    def _spans(self, text: str, turns: Turns) -> Iterator[tuple[int, int]]:
+    def _render(self, turns: Turns, tools: Tools | None, *, ask: bool = False) -> str:
+        return render(turns, self._template, self._tokenizer, ask=ask, tools=tools)
+
+    def _spans(self, text: str, turns: Turns, tools: Tools | None) -> Iterator[tuple[int, int]]:
         """Yield where each assistant's turn begins and ends in the text."""
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant" or turn.get("weight") == 0:
                 continue
-            asked = render(turns[:number], self._template, self._tokenizer, ask=True)
+            asked = self._render(turns[:number], tools, ask=True)
             words = turn["content"].strip()
             at = text.find(words, len(asked)) if text.startswith(asked) else -1
+            end = self._marks.end_of_turn(text, at + len(words))
+            if turn.get("tool_calls"):  # in the template's words, up to where later turns begin
+                upto = self._render(turns[: number + 1], tools).rstrip()
+                shown = text.startswith(upto) and len(upto) > max(len(asked), at + len(words))
+                at, end = (at, len(upto)) if shown else (-1, -1)
             if at < 0 or not self._marks.only_marks(text[len(asked) : at]):
                 raise UserError(
                     f"the chat template does not show turn {number + 1} after its own generation "
                     "prompt and as it is written, so that its tokens cannot be told; set "
                     "data.chat_template"
                 )
-            yield len(asked), self._marks.end_of_turn(text, at + len(words))
+            yield len(asked), end
+
+    def _check_tools(self, text: str, turns: Turns, tools: Tools | None) -> None:
+        """Raise a UserError for tools, calls and results of which the template takes no notice."""
+        if tools and self._render(turns, None) == text:
+            self._refuse("the row's tools")
+        for number, turn in enumerate(turns):
+            called, role = turn.get("tool_calls"), turn["role"]
+            if not called and role != "tool":
+                continue
+            other = (
+                {"tool_calls": _renamed(called)} if called else {"content": f"{turn['content']}."}
+            )
+            others = [*turns[:number], turn | other, *turns[number + 1 :]]
+            if self._render(others, tools) == text:
+                self._refuse(
+                    f"turn {number + 1}, {'a tool call' if called else 'what a tool gave'}"
+                )
+
+    def _refuse(self, what: str) -> None:
+        raise UserError(
+            f"the chat template does not show {what}; set data.chat_template to one that knows "
+            "tools, or take the row out"
+        )
+
+
+def _renamed(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the calls to functions of another name."""
+    return [
+        call | {"function": call["function"] | {"name": f"{call['function']['name']}_"}}
+        for call in calls
+    ]
 
 
 class _Marks:

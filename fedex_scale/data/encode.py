@@ -10,8 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.data.batching import Examples
-from fedex_scale.data.chat import ChatEncoder, Turns, template_of, turns_of
+from fedex_scale.data.chat import ChatEncoder, template_of
 from fedex_scale.data.prompts import Schema
+from fedex_scale.data.turns import Turns, tools_of, turns_of
 from fedex_scale.runtime.errors import UserError
 
 BATCH_ROWS = 1000  # tokenized at a time
@@ -116,7 +117,8 @@ def _encoded(
 
         def encoded(row: dict[str, Any]) -> tuple[list[int], list[bool]] | None:
             turns = _turns(row, schema)
-            return turns and chats.encode(turns)
+            tools = tools_of(row) if schema.turns else None
+            return turns and chats.encode(turns, tools)
 
         yield from ((index, *both) for index, both in _each(rows, encoded, place))
         return

@@ -134,7 +134,7 @@ def read_lines(files: Sequence[str]) -> Dataset:
     if not rows:
         raise UserError(f"{named(files[0])}: expected at least one row, got none; name other data")
     keys = dict.fromkeys(key for row in rows for key in row)
-    columns = {key: [_flat(row.get(key)) for row in rows] for key in keys}
+    columns = {key: [_flat(row.get(key), key) for row in rows] for key in keys}
     for name, values in columns.items():
         first = next((value for value in values if value is not None), None)
         try:
@@ -148,16 +148,25 @@ def read_lines(files: Sequence[str]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _flat(value: Any) -> Any:
-    """Return turns whose content is a list of texts with the texts joined."""
+def _flat(value: Any, column: str) -> Any:
+    """Return turns whose content is a list of texts with the texts joined.
+
+    Tools and calls, of which each has other keys, become text, as a column has one type.
+    """
     if not isinstance(value, list):
         return value
-    return [
-        turn | {"content": text_of(turn["content"])}
-        if isinstance(turn, dict) and "content" in turn
-        else turn
-        for turn in value
-    ]
+    if column == "tools":
+        return json.dumps(value)
+    return [_flat_turn(turn) if isinstance(turn, dict) else turn for turn in value]
+
+
+def _flat_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    flat = dict(turn)
+    if "content" in turn:
+        flat["content"] = text_of(turn["content"])
+    if isinstance(turn.get("tool_calls"), list):
+        flat["tool_calls"] = json.dumps(turn["tool_calls"])
+    return flat
 
 
 def text_of(content: Any) -> Any:

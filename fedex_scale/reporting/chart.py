@@ -54,13 +54,17 @@ STYLE = {
     "figure.facecolor": "#ffffff",
     "axes.facecolor": "#ffffff",
 }
+LETTER_IN, HANDLE_IN = 0.078, 0.55  # of a legend's label, and beside it
+MAX_LABEL = 55  # letters: one column's
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend below, in as many columns as its labels allow."""
+    """Put the legend below, in as many columns, of at most four, as fit the figure's width."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = 4 if max(map(len, labels)) < 16 else 3 if max(map(len, labels)) < 22 else 2
+        labels = [one if len(one) <= MAX_LABEL else f"{one[: MAX_LABEL - 1]}…" for one in labels]
+        width = LETTER_IN * max(map(len, labels)) + HANDLE_IN
+        columns = min(4, max(1, int(figure.get_figwidth() / width)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 

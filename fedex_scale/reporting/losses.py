@@ -182,12 +182,13 @@ def _draw_band(axes: Axes, lines: dict[tuple[int, int], Line], clients: Sequence
 
 
 def _mark_rounds(axes: Axes, starts: dict[int, int]) -> None:
+    left = axes.get_xlim()[0]  # within the axes, beside whose top the largest number stands
     for round, at in starts.items():
         if len(starts) > 1 and at:
             axes.axvline(at + 0.5, color=TEXT, linewidth=0.8, linestyle=":")
         if 1 < len(starts) <= 6:
             where = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8}
-            axes.annotate(f" round {round}", (at + 0.5, 1), **where)
+            axes.annotate(f" round {round}", (max(at + 0.5, left), 1), **where)
 
 
 def _limits(values: Iterable[float]) -> tuple[float, float]:

@@ -117,3 +117,20 @@ def test_what_can_be_told_without_torch_is_told_without_it(
     if "nowhere.yaml" in arguments:
         other = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert (other.returncode, other.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("command", ["data", "plan", "doctor", "client-round"])
+def test_every_command_looks_for_its_config_first(command: str) -> None:
+    heavy = "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    program = PROGRAM.replace("main(sys.argv[1:])", f"\ntry: main(sys.argv[1:])\nfinally: {heavy}")
+    arguments = [command, "--config", "nowhere.yaml"]
+    arguments += ["--server", "x", "--out", "y"] * (command == "client-round")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --config: cannot read nowhere.yaml")

@@ -64,6 +64,14 @@ def test_every_declared_dependency_has_a_lower_bound_that_the_pin_meets_and_a_re
         assert line.partition("  # ")[2], line
 
 
+def test_every_lower_bound_is_among_those_that_are_installed_together() -> None:
+    script = [sys.executable, str(ROOT / "tests" / "lowest.py")]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    printed = {Requirement(line).name: line for line in done.stdout.splitlines()}
+    for requirement in declared_requirements(but=LARGE_EXTRAS):
+        assert printed[requirement.name] == str(requirement).replace(">=", "==")
+
+
 def test_torch_pin_fits_cpu_and_cuda_builds() -> None:
     assert read_pins()["torch"] == "2.13.0"
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fedex_scale.config.load import load_config
 from fedex_scale.config.section import key_schemas, replace, to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.words import expected
 from fedex_scale.runtime.errors import UserError
 
 KEYS = [
@@ -78,6 +79,24 @@ def test_overrides_hold_lists_mappings_nothing_and_text(load) -> None:
     assert config.evaluation.data == {"a": "x.jsonl"}
     assert config.train.max_steps is None
     assert config.model.path == "a=b"
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_is_nothing_where_a_key_may_be_null(load, word: str) -> None:
+    overrides = ["engine.deepspeed=zero2", "data.num_examples=3", "model.quantization=nf4"]
+    overrides += [f"engine.deepspeed={word}", f"data.num_examples={word}"]
+    config = load(*overrides, "model.quantization=none", "data.template=none")
+    assert (config.engine.deepspeed, config.data.num_examples) == (None, None)
+    assert (config.model.quantization, config.data.template) == ("none", "none")
+    with pytest.raises(UserError, match="batch_size: expected a whole number of at least 1"):
+        load(f"train.batch_size={word}")
+
+
+def test_a_path_is_emptied_by_an_override(load) -> None:
+    config = load("model.path=", "model.config=smollm2-135m", "model.random=true")
+    assert config.model.path == "smollm2-135m"
+    with pytest.raises(UserError, match=r"^model\.path: missing; add it"):
+        load("model.path=")
 
 
 def test_an_override_reaches_a_section_that_the_file_leaves_empty(load) -> None:
@@ -299,6 +318,10 @@ def test_any_value_is_taken_as_it_is_or_refused_by_its_name(data: st.DataObject)
         assert "pydantic" not in told
     elif isinstance(value, str) and isinstance(taken, float):
         assert taken == float(value)  # YAML reads 5e-4 as text
+    elif value is None and taken == "":
+        assert name in ("model.path", "data.path")
+    elif value in ("none", "None") and taken is None:
+        assert "null" in expected(key_schemas(Config.model_fields[section].annotation)[key])
     else:
         assert taken == value
         assert isinstance(taken, bool) == isinstance(value, bool)
