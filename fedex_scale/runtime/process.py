@@ -84,7 +84,7 @@ def _run(app: Callable[[list[str] | None], None], arguments: list[str] | None) -
             if "torch" in sys.modules:
                 from fedex_scale.runtime import faults
 
-                gone = faults.dead_peer()
+                gone = faults.died_first()
             _tell_of_fault(gone) if gone else tell(ended.message)
         return ended.code
     except UserError as error:
