@@ -11,18 +11,23 @@ _CALL = re.compile(r"^\d+ +(\w+)\((.*)\) += (\d+)")
 _RESUMED = re.compile(r"^(\d+) +<\.\.\. \w+ resumed>(.*)$")
 
 
-def unsynced(command: list[str], folder: Path, trace: Path, **options) -> list[str]:
+def unsynced(
+    command: list[str], folder: Path, trace: Path, *, later: str = "", **options
+) -> list[str]:
     """Run a command, and return a line for each file or name below `folder` that was not synced.
 
     Paths are to be absolute. A file has to be before what holds it is renamed, and a directory
     after a name in it changed; what is still to be at the end is told, if it is still there.
+
+    Args:
+        later: what is renamed to a path with this in it may be synced afterwards.
     """
     strace = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(trace)]
     subprocess.run([*strace, *command], check=True, capture_output=True, timeout=300, **options)
-    return _read(trace, folder)
+    return _read(trace, folder, later)
 
 
-def _read(trace: Path, folder: Path) -> list[str]:
+def _read(trace: Path, folder: Path, later: str) -> list[str]:
     found: list[str] = []
     dirty: dict[str, str] = {}
     for name, arguments in _calls(trace):
@@ -42,6 +47,9 @@ def _read(trace: Path, folder: Path) -> list[str]:
         elif name.startswith("rename"):
             old, new = places
             below = [x for x in dirty if x == old or x.startswith(f"{old}/")]
+            if later and later in new:
+                dirty |= {new + x[len(old) :]: dirty.pop(x) for x in below}
+                below = []
             found += [f"{x} {dirty.pop(x)}, then renamed to {new}" for x in below]
             dirty[str(Path(new).parent)] = "holds a new name"
             dirty.pop(new, None)
