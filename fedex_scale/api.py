@@ -138,6 +138,7 @@ def aggregate(
     fold: str = "side",
     side_rank: int | Literal["auto"] = "auto",
     dtype: Literal["float32"] | None = None,
+    robust: str = "none",
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -154,6 +155,7 @@ def aggregate(
         fold: where the residual goes: side (into the adapter), carry or round (into the base).
         side_rank: side: columns for it, and the rest goes into the base; auto: all.
         dtype: float32: write a changed base so; none: as it is.
+        robust: as in the settings' section `aggregate`: none, clip or trimmed.
         seed: for methods that draw a fresh adapter.
         console: to show the progress on, where it is a terminal.
 
@@ -174,7 +176,7 @@ def aggregate(
         clients=tuple(map(Path, clients)),
         weights=None if weights is None else tuple(weights),
         method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
-        section=AggregateSection(fold=fold, side_rank=side_rank),
+        section=AggregateSection(fold=fold, side_rank=side_rank, robust=robust),
         dtype=dtype,
         seed=seed,
     )

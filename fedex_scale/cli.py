@@ -155,6 +155,9 @@ def aggregate(
     dtype: Annotated[
         str | None, typer.Option(help="float32: write a changed base so; none: as BASE is.")
     ] = None,
+    robust: Annotated[
+        str, typer.Option(help="A client unlike most: clip its norm, or leave it out: trimmed.")
+    ] = "none",
     seed: Annotated[int, typer.Option(help="For methods that draw a fresh adapter.")] = 0,
 ) -> None:
     """Aggregate LoRA adapters exactly: any PEFT adapters, no GPU, no model in memory."""
@@ -174,6 +177,7 @@ def aggregate(
         fold=fold,
         side_rank="auto" if side_rank is None else side_rank,
         dtype=dtype,
+        robust=robust,
         seed=seed,
         console=console,
     )

@@ -14,7 +14,6 @@ Source: Singhal et al., arXiv:2410.09432.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -113,9 +112,8 @@ def choose_clients(
     section: FederationSection, num_clients: int, seed: int, round: int
 ) -> list[int]:
     """Return the clients of a round: a seeded draw of the fraction, in ascending order."""
-    count = max(1, round_half_up(section.client_fraction * num_clients))
     draw = random.Random(derive_seed(seed, "choice", round))
-    return sorted(draw.sample(range(num_clients), count))
+    return sorted(draw.sample(range(num_clients), section.num_drawn(num_clients)))
 
 
 def client_weights(section: FederationSection, updates: Sequence[ClientUpdate]) -> list[float]:
@@ -140,7 +138,3 @@ def _counted(section: FederationSection, update: ClientUpdate) -> int:
     if update.client < len(section.fixed_examples):
         return section.fixed_examples[update.client]
     return min(update.num_examples, section.max_examples or update.num_examples)
-
-
-def round_half_up(x: float) -> int:
-    return math.floor(x + 0.5)

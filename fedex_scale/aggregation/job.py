@@ -11,6 +11,7 @@ import torch
 
 from fedex_scale.aggregation.aggregator import Round, check_clients
 from fedex_scale.aggregation.ranks import MAX_SIDE_RANK, base_update_rank, is_streamed
+from fedex_scale.aggregation.screening import screen
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
@@ -35,7 +36,7 @@ def prepare(job: Job) -> Plan:
             raise UserError(
                 f"{adapter.path}: expected LoRA weights, found none; is it of method full?"
             )
-    weights = _weights(job)
+    adapters, weights, notes = _screened(job, adapters, _weights(job))
     rank = max(adapter.rank for adapter in adapters)
     update_rank = base_update_rank(job.method, len(adapters), rank)
     side_rank = 0
@@ -55,6 +56,7 @@ def prepare(job: Job) -> Plan:
         adapters=adapters,
         task_type=_task_type(adapters),
         weights=weights,
+        notes=notes,
         rank=rank,
         update_rank=update_rank,
         side_rank=side_rank,
@@ -83,6 +85,39 @@ def _weights(job: Job) -> list[float]:
             "give them in the order of the clients"
         )
     return normalise_weights(weights)
+
+
+def _screened(
+    job: Job, adapters: list[Adapter], weights: list[float]
+) -> tuple[Sequence[Adapter], Sequence[float], list[str]]:
+    """Return the clients that `robust` leaves, their weights, and what to tell of it."""
+    if job.section.robust == "none":
+        return adapters, weights, []
+    if job.method.assign == "keep":
+        raise UserError("robust: assign keep leaves every client its own; use --assign average")
+    if len(adapters) < 3:
+        raise UserError(
+            f"robust: {job.section.robust} tells one client from most, of three or more, got "
+            f"{len(adapters)}; use none"
+        )
+    for adapter in adapters:
+        if adapter.full_weights:
+            raise UserError(
+                f"{adapter.path}, {adapter.full_weights[0]}: what a whole weight was before is not "
+                "known here, and robust could not tell a change of it; leave out --robust"
+            )
+    rank = max(adapter.rank for adapter in adapters)
+    done = screen(
+        Round(
+            clients=adapters,
+            weights=weights,
+            previous=None,
+            rank=rank,
+            scaling=adapters[0].scaling,
+        ),
+        job.section,
+    )
+    return done.round.clients, done.round.weights, done.notes
 
 
 def _find_weights(plan: Plan, *, folds: bool) -> None:
@@ -256,6 +291,7 @@ class Plan:
 
     Fields:
         task_type: of all clients, as PEFT names it, or None.
+        notes: what was done to clients that stand out.
         rank: of the server's pair; the highest of all clients.
         update_rank: columns of what the method adds to the base; 0 if it adds nothing.
         side_rank: columns of the adapter that hold that; 0 if it goes into the base.
@@ -268,6 +304,7 @@ class Plan:
     adapters: Sequence[Adapter]
     task_type: str | None
     weights: Sequence[float]
+    notes: Sequence[str]
     rank: int
     update_rank: int
     side_rank: int

@@ -215,7 +215,7 @@ def _report(job: Job, plan: Plan, report: AggregateReport, seconds: float) -> di
     whole = report.as_dict()
     bases = sorted({str(x.config.get("base_model_name_or_path")) for x in plan.adapters})
     notes = sorted({layer.note for layer in report.layers if layer.note}) + report.outliers
-    notes += _odd_clients(plan)
+    notes += [*plan.notes, *_odd_clients(plan)]
     if len(bases) > 1:
         notes.append(f"clients name different base models: {', '.join(bases)}")
     elif bases[0] not in ("None", "") and Path(bases[0]).name != Path(job.base).name:

@@ -2,7 +2,8 @@
 
 An update of a layer is s B A, never formed: with a random P of a few columns, inner products of
 (s B A) P estimate those of s B A without bias, and over the layers of a model to a few percent.
-Nothing is left out because of it; a person is told.
+Nothing is left out because of it; a person is told. What `robust: trimmed` leaves out is seen on
+exact products.
 """
 
 from __future__ import annotations
@@ -71,20 +72,47 @@ def notes(clients: Sequence[dict[str, float]], names: Sequence[object]) -> list[
     """
     found = []
     norms = [client["norm"] for client in clients]
-    usual = statistics.median_low(norms) if len(norms) > 1 else 0.0
     for k, (client, name) in enumerate(zip(clients, names, strict=False)):
-        norm, others = norms[k], norms[:k] + norms[k + 1 :]
-        if not others:
-            continue
-        share = f"its norm is {norm / usual:.3g} times the median" if usual else ""
-        if usual and not 1 / FACTOR < norm / usual < FACTOR:
-            found.append(f"{name}: {share}")
-        elif (z := _deviations(norm, others)) > DEVIATIONS:
-            found.append(f"{name}: {share}, {z:.1f} robust standard deviations away")
-        if client["cosine"] < OPPOSED:
+        if len(norms) > 1 and (odd := _odd_norm(norms, k)):
+            found.append(f"{name}: {odd}")
+        if len(norms) > 1 and client["cosine"] < OPPOSED:
             cosine = f"cosine {client['cosine']:.2f}"
             found.append(f"{name}: it points against the others' mean ({cosine})")
     return found
+
+
+def standing_out(gram_KK: torch.Tensor) -> list[int]:
+    """Return the clients whose norm or direction is not like that of most; of two, nobody.
+
+    A direction by the median of its cosines to the others': a mean of them is whatever the largest
+    says.
+
+    Args:
+        gram_KK: inner products of the updates, float64.
+    """
+    norms = gram_KK.diagonal().clamp(min=0).sqrt().tolist()
+    if len(norms) < 3:
+        return []
+    found = []
+    for k, norm in enumerate(norms):
+        cosines = [
+            float(gram_KK[k, j]) / (norm * other) if norm * other else 0.0
+            for j, other in enumerate(norms)
+            if j != k
+        ]
+        if _odd_norm(norms, k) or statistics.median(cosines) < OPPOSED:
+            found.append(k)
+    return found
+
+
+def _odd_norm(norms: Sequence[float], k: int) -> str:
+    """Return what is unusual about a norm; nothing, if it is like the others."""
+    usual, others = statistics.median_low(norms), [*norms[:k], *norms[k + 1 :]]
+    share = f"its norm is {norms[k] / usual:.3g} times the median" if usual else ""
+    if usual and not 1 / FACTOR < norms[k] / usual < FACTOR:
+        return share
+    z = _deviations(norms[k], others)
+    return f"{share}, {z:.1f} robust standard deviations away" if z > DEVIATIONS else ""
 
 
 def _deviations(norm: float, others: Sequence[float]) -> float:

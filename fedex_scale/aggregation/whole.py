@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedex_scale.files.adapters import Adapter
-from fedex_scale.files.tensorfile import BLOCK_BYTES
+from fedex_scale.files.tensorfile import BLOCK_BYTES, Entry
 from fedex_scale.runtime.errors import UserError
 
 
@@ -26,10 +26,8 @@ def mean_blocks(
         UserError: a client's is not finite.
     """
     entry = clients[0].file.entries[name]
-    count, step = math.prod(entry.shape), BLOCK_BYTES // torch.float64.itemsize
-    for start in range(0, count, step):
-        span = (start, min(start + step, count))
-        mean = torch.zeros(span[1] - start, dtype=torch.float64)
+    for span in spans(entry):
+        mean = torch.zeros(span[1] - span[0], dtype=torch.float64)
         for adapter, weight in zip(clients, weights, strict=True):
             part = adapter.full_block(name, span)
             if not torch.isfinite(part).all():
@@ -39,3 +37,10 @@ def mean_blocks(
                 )
             mean.add_(part, alpha=weight)
         yield mean if entry.dtype.is_floating_point else mean.round_()
+
+
+def spans(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Yield the places of a weight's elements, from and to, a block of float64 at a time."""
+    count, step = math.prod(entry.shape), BLOCK_BYTES // torch.float64.itemsize
+    for start in range(0, count, step):
+        yield start, min(start + step, count)

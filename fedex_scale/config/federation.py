@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -89,6 +90,10 @@ class FederationSection(Section, title="federation"):
     """Examples that each client counts for, in the order of their numbers, in place of what it
     reports; none: as reported."""
 
+    def num_drawn(self, num_clients: int) -> int:
+        """Return how many of the clients train in a round."""
+        return max(1, math.floor(self.client_fraction * num_clients + 0.5))
+
 
 class SiteSection(Section, title="site"):
     """This site, in a federation of real ones (docs/federation.md)."""
@@ -144,3 +149,7 @@ class AggregateSection(Section, title="aggregate"):
     """Scale a client's change of the adapter down to this norm, over all factors; none: never."""
     reject_update_norm: Positive | None = None
     """Leave a client out of the round whose change has a larger norm than this; none: never."""
+    robust: Literal["none", "clip", "trimmed"] = "none"
+    """What one client may do that is not like the others: clip: its change is scaled down to the
+    median of their norms; trimmed: it is left out where its norm or direction is not like most
+    others' (docs/security.md, with what it costs)."""

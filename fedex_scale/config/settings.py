@@ -166,6 +166,7 @@ class Config(Section):
                 "data.schema: task.kind generate needs columns, with data.prompt_column and "
                 f"data.response_column, got {self.data.schema}; set all three"
             )
+        yield from self._robust_problems()
         fixed, clients = len(self.federation.fixed_examples), self.partition.num_clients
         if fixed not in (0, clients):
             yield (
@@ -176,4 +177,19 @@ class Config(Section):
             yield (
                 f"aggregate.fold: a {self.model.quantization} base cannot take a residual, "
                 f"got fold: {self.aggregate.fold}; use fold: side"
+            )
+
+    def _robust_problems(self) -> Iterator[str]:
+        robust, section = self.aggregate.robust, self.federation
+        drawn = section.num_drawn(self.partition.num_clients)
+        if robust != "none" and (self.method.name == "centralized" or drawn < 3):
+            drawn = 1 if self.method.name == "centralized" else drawn
+            yield (
+                f"aggregate.robust: {robust} tells one client from most, of three or more a round, "
+                f"got {drawn}; use none"
+            )
+        if robust == "clip" and section.init == "per_client":
+            yield (
+                "aggregate.robust: clip measures changes of the server's adapter, and with "
+                "federation.init per_client none begins with it; use trimmed, or init: shared"
             )

@@ -78,7 +78,10 @@ def publish(run: RunDir, scratch: Path, checkpoint: Checkpoint, known: dict) -> 
     own = {path: path.relative_to(scratch) for path in _files_under([scratch])}
     final = run.checkpoint(checkpoint.number)
     files = {name: entry for name, entry in known.items() if name.startswith(_KEPT)}
-    for path in _files_under(folders_of(run, checkpoint.place)):
+    tops = folders_of(run, checkpoint.place)
+    for above in {x for top in tops for x in top.parents if x.is_relative_to(run.path)}:
+        sync(above)
+    for path in _files_under(tops):
         name = str(path.relative_to(run.path))
         files[name] = known.get(name) or entry_of(path)
     for path, name in own.items():

@@ -25,7 +25,7 @@ from fedex_scale.files.run_dir import CONFIG_FILE, RunDir
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
-from fedex_scale.runtime.outputs import lock, sync, write_file
+from fedex_scale.runtime.outputs import lock, make_parents, sync, write_file
 
 SHARED_WAIT_S = 20.0
 """A network's file system may show a new file late."""
@@ -64,7 +64,7 @@ def held(run: RunDir) -> Iterator[None]:
     path, parent = run.path, run.path.parent
     with ExitStack() as stack:
         try:
-            parent.mkdir(parents=True, exist_ok=True)
+            make_parents(parent)
             what = f"run.name: {path}"
             stack.enter_context(lock(parent / f".{path.name}.lock", what))
         except OSError as error:

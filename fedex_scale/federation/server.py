@@ -129,12 +129,12 @@ def aggregate_round(
         The new state, and what was done. The factors are in the run directory.
     """
     number = state.round + 1
-    task = _task(config, run, number, clients, weights)
-    task, stay, norms = screen(task, config.aggregate)
+    screened = screen(_task(config, run, number, clients, weights), config.aggregate)
+    stay, past = screened.stay, cache(partial(_past_task, config, run))
     task = replace(
-        task,
+        screened.round,
         side_rank=facts.side_rank,
-        past=History(run, state.round, partial(_residual_again, config, run)).past,
+        past=History(run, state.round, partial(_residual_again, config, past)).past,
     )
     deviations: dict[str, Deviation | None] = {}
     with ExitStack() as stack:
@@ -151,6 +151,7 @@ def aggregate_round(
             seed=partial(_fresh_seed, config, number),
             side_dtype=facts.dtype,
         )
+    report.outliers += screened.notes
     report.cap = _cap_note(config, facts, report, len(stay))
     if write and distributed.is_main():
         taken = {
@@ -158,7 +159,7 @@ def aggregate_round(
             "weights": list(task.weights),
             "skipped": list(skipped),
             "rejected": [client for k, client in enumerate(clients) if k not in stay],
-            "update_norms": norms,
+            "update_norms": screened.norms,
         }
         text = json.dumps(taken | report.as_dict(), indent=2) + "\n"
         (run.server(number) / REPORT_FILE).write_text(text)
@@ -213,10 +214,16 @@ def _fresh_seed(config: Config, number: int, layer: str) -> int:
     return derive_seed(config.run.seed, "fresh", number, layer)
 
 
-def _residual_again(config: Config, run: RunDir, number: int, layer: str) -> Iterable[LowRank]:
+def _past_task(config: Config, run: RunDir, number: int) -> Round:
+    """Return what a round that is done aggregated."""
+    return screen(_task(config, run, number, *_taken(run, number)), config.aggregate).round
+
+
+def _residual_again(
+    config: Config, past: Callable[[int], Round], number: int, layer: str
+) -> Iterable[LowRank]:
     """Return what a round that is done added to the base, from its clients' adapters."""
-    task, *_ = screen(_task(config, run, number, *_taken(run, number)), config.aggregate)
-    seed = _fresh_seed(config, number, layer)
+    task, seed = past(number), _fresh_seed(config, number, layer)
     return update_of(task, config.method, layer, torch.device("cpu"), seed)[0].base_update
 
 

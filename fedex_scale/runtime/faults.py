@@ -42,6 +42,8 @@ class _Asked:
     number = 0
     since = 0.0
     deferred = False
+    gone: str | None = None
+    """What was to be told of a dead rank when the signal came: launchers end the others so."""
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def handling_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _Asked.number = 0
+    _Asked.number, _Asked.gone = 0, None
     hears, told = socket.socketpair()
     told.setblocking(False)
     threading.Thread(target=_acknowledge, args=(hears,), daemon=True).start()
@@ -97,6 +99,7 @@ def _acknowledge(hears: socket.socket) -> None:
     with hears:
         while number := hears.recv(1):
             name = signal.Signals(number[0]).name
+            _Asked.gone = None if _Peers.launcher == _GONE else dead_peer()
             if not launched.is_first() or number[0] not in (signal.SIGTERM, signal.SIGINT):
                 continue
             then = "stopping"
@@ -124,7 +127,11 @@ def watch_peers() -> None:
         if host == socket.gethostname() and rank != distributed.rank()
     }
     _Peers.parent = os.getppid()
+    _Peers.launcher = _deepspeed_launcher(_Peers.parent)
     threading.Thread(target=_watch, daemon=True).start()
+
+
+_GONE = -1
 
 
 class _Peers:
@@ -132,11 +139,34 @@ class _Peers:
 
     ids: dict[int, int] = {}  # noqa: RUF012
     parent = 0
+    launcher = 0
+
+
+def _deepspeed_launcher(parent: int) -> int:
+    """Return the process of `deepspeed`, where that has another between itself and the ranks.
+
+    A signal ends it, and is not handed on.
+    """
+    try:
+        between = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return 0
+    return _parent_of(parent) if b"deepspeed.launcher.launch" in between else 0
+
+
+def _parent_of(number: int) -> int:
+    try:
+        return int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _watch() -> None:
     while True:
         time.sleep(1)
+        if _Peers.launcher > 0 and _parent_of(_Peers.parent) not in (0, _Peers.launcher):
+            _Peers.launcher = _GONE
+            os.kill(os.getpid(), signal.SIGTERM)
         gone = dead_peer()
         if gone is None and os.getppid() == _Peers.parent:
             continue
@@ -155,6 +185,11 @@ def dead_peer() -> str | None:
                 "the same command with --resume goes on"
             )
     return None
+
+
+def died_first() -> str | None:
+    """Return the same of a rank that was gone before a signal came to this one."""
+    return _Asked.gone if _Asked.number else dead_peer()
 
 
 def is_speaker() -> bool:

@@ -66,6 +66,14 @@ def make_inside(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def make_parents(folder: Path) -> None:
+    """Make a directory, and those above it that are not there; their names are on disk then."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
 @contextmanager
 def building(out: Path, *, num_bytes: int) -> Iterator[Path]:
     """Give a directory beside `out` to write to, which becomes `out` if all went well.
@@ -81,7 +89,7 @@ def building(out: Path, *, num_bytes: int) -> Iterator[Path]:
     """
     parent = out.resolve().parent
     with _disk_told(out):
-        parent.mkdir(parents=True, exist_ok=True)
+        make_parents(parent)
         free = shutil.disk_usage(parent).free
         if num_bytes > free:
             raise UserError(

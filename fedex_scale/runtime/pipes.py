@@ -1,4 +1,4 @@
-"""Standard output that may be closed early, as `| head` does: the work goes on without it."""
+"""Standard output that may be closed, or full: the work goes on without it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 class Lasting:
-    """A text stream that falls silent when nobody reads it any more, instead of ending the work."""
+    """A text stream that falls silent when it takes no more, instead of ending the work."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -28,19 +28,29 @@ class Lasting:
     def _try(self, call: Any, *arguments: Any) -> Any:
         try:
             return call(*arguments)
-        except BrokenPipeError:
+        except OSError as error:
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, self._stream.fileno())
             os.close(silence)
             if self._stream is not sys.__stderr__:
-                told = "fedex-scale: standard output was closed; going on without it"
+                closed = isinstance(error, BrokenPipeError)
+                why = "was closed" if closed else f"cannot be written ({error.strerror})"
+                told = f"fedex-scale: standard output {why}; going on without it"
                 print(told, file=sys.stderr, flush=True)
             return None
 
 
 def make_lasting() -> None:
-    """Let standard output and errors survive a closed pipe, and letters that they do not have."""
-    for name in ("stdout", "stderr"):
+    """Let standard output and errors survive a closed pipe, and letters that they do not have.
+
+    Those that were closed from the beginning lead nowhere, lest a file of ours takes their number.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
         stream = getattr(sys, name)
         if isinstance(stream, Lasting) or not hasattr(stream, "reconfigure"):
             continue

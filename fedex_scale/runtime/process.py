@@ -63,6 +63,7 @@ def set_up_libraries() -> None:
     # Bars of others would break the display; downloads from the hub ask for theirs by themselves.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # a host asked even for local files
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -84,7 +85,7 @@ def _run(app: Callable[[list[str] | None], None], arguments: list[str] | None) -
             if "torch" in sys.modules:
                 from fedex_scale.runtime import faults
 
-                gone = faults.dead_peer()
+                gone = faults.died_first()
             _tell_of_fault(gone) if gone else tell(ended.message)
         return ended.code
     except UserError as error:

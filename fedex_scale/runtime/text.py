@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MAX_CHARS, MAX_WORD = 3000, 400
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]{1,1000}@")
 _WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
 
 
@@ -17,13 +18,15 @@ def readable(text: object, *, most: int = MAX_CHARS) -> str:
     """Return text for a terminal, a log or a page, on as many lines as it has.
 
     What would move a cursor, colour, or turn the order of letters is written as an escape, and so
-    is half a surrogate pair, which no file can hold. Long words and texts lose their middle.
+    is half a surrogate pair, which no file can hold. Long words and texts lose their middle, and
+    addresses whoever would log in there.
     """
     whole = str(text)
     if len(whole) > 4 * most:  # before every character is looked at
         whole = _cut(whole, 4 * most)
     if not whole.isprintable():
         whole = "".join(x if x.isprintable() or x in "\n\t" else _escape(x) for x in whole)
+    whole = _CREDENTIALS.sub("***@", whole)
     if len(whole) > MAX_WORD:
         whole = _WORD.sub(lambda found: _cut(found[0], MAX_WORD), whole)
     return _cut(whole, most)

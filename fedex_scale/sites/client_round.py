@@ -44,7 +44,7 @@ from fedex_scale.run import engine_with, load_lesson
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
-from fedex_scale.runtime.outputs import building, check_out
+from fedex_scale.runtime.outputs import building, check_out, make_parents
 from fedex_scale.runtime.phases import phase
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.trackers import Trackers
@@ -237,7 +237,7 @@ def _alone_at_work(home: Path) -> Iterator[None]:
     Every rank waits for its own predecessor, so that none waits in a collective.
     """
     with disk_errors(str(home)):
-        home.mkdir(parents=True, exist_ok=True)
+        make_parents(home)
         file = (home / f".lock-{os.environ.get('RANK', '0')}").open("a+")
     with file:
         try:

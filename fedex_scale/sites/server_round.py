@@ -38,7 +38,7 @@ from fedex_scale.rounds import client_weights
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
-from fedex_scale.runtime.outputs import write_file
+from fedex_scale.runtime.outputs import sync, sync_tree, write_file
 from fedex_scale.sites.arrived import Taken, take
 from fedex_scale.sites.base import facts_of, tell_base
 from fedex_scale.sites.sent import Sent, read_sent, write_sent
@@ -116,7 +116,7 @@ def _begin(run: RunDir, config: Config, say: Callable[[str], None]) -> None:
         make_directory(config, scratch, json.dumps({"clients": nobody}) + "\n")
         server.draw_adapter(config, facts, scratch)
         _send(scratch, facts, ServerState(), fields)
-        scratch.path.rename(run.path)
+        _publish(scratch.path, run.path)
     say(f"round 1 is open; send {_sent_path(run, 1)}")
 
 
@@ -152,7 +152,14 @@ def _send(run: RunDir, facts: ModelFacts, state: ServerState, fields: Mapping[st
                 pair = history.side(layer)
                 writer.write(layer, LowRank(pair.B_OR, pair.A_RI))
     write_sent(scratch, {"round": state.round + 1, "has_side": state.has_side, **fields})
+    _publish(scratch, final)
+
+
+def _publish(scratch: Path, final: Path) -> None:
+    """Give a directory its name, once what it holds is on disk."""
+    sync_tree(scratch)
     scratch.rename(final)
+    sync(final.parent)
 
 
 def _aggregate(
@@ -175,6 +182,10 @@ def _aggregate(
     _tell_examples(run, taken)
     summary = report.summary(config.aggregate)
     _log(run, sent.round, _events(sent.round, taken, summary), began)
+    for folder in (run.server(sent.round), run.client(sent.round, 0).parent):
+        sync_tree(folder)  # before the next round is open, and what arrived is deleted
+        sync(folder.parent)
+    sync(run.path)
     say(f"round {sent.round} aggregated: {len(clients)} of {sent.clients} sites, {_kept(summary)}")
     if state.round < config.federation.rounds:
         _send(run, facts, state, {name: getattr(sent, name) for name in KNOWN})
@@ -200,7 +211,7 @@ def _finish(config: Config, facts: ModelFacts, run: RunDir, state: ServerState) 
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     write_adapters(config, facts, run, state, scratch)
-    scratch.rename(run.final)
+    _publish(scratch, run.final)
 
 
 def _events(number: int, taken: Taken, summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
 
 CASES = {
-    "side": ["lora.dropout=0.1"],
-    "carry": ["aggregate.fold=carry", "model.dtype=bfloat16"],
+    "side": ["lora.dropout=0.1", "aggregate.robust=clip"],
+    "carry": ["aggregate.fold=carry", "model.dtype=bfloat16", "aggregate.robust=trimmed"],
     "planes": ["aggregate.fold=planes", "model.dtype=bfloat16"],
     "round": ["aggregate.fold=round", "model.dtype=bfloat16", "federation.init=per_client"],
     "overflow": ["aggregate.side_rank=2", "model.dtype=bfloat16", "federation.client_fraction=0.7"],
