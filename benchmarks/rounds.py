@@ -228,6 +228,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Draw what is kept of all rounds' residuals, a panel a case."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from fedex_scale.reporting.chart import MARKERS, SERIES, STYLE
 
@@ -245,6 +246,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
                 panel.plot(*zip(*line, strict=True), color=color, marker=marker, label=fold)
             panel.set(title=f"{clients} clients, init: {init}", xlabel="round", ylim=(-3, 103))
             panel.set_ylabel("% of all residuals seen")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         names, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(names, labels, loc="outside lower center", ncols=3)
         figure.set_layout_engine("constrained")
