@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from fedex_scale.config.words import named, shown
 from fedex_scale.data.places import text_of
+from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 Turns = list[dict[str, Any]]
@@ -130,8 +130,8 @@ def _parsed(told: Any, where: str) -> Any:
     A table's columns give each row the keys of all, as nulls.
     """
     try:
-        return json.loads(told) if isinstance(told, str) else _filled(told)
-    except (ValueError, RecursionError):
+        return door.parse_json(told) if isinstance(told, str) else _filled(told)
+    except ValueError:
         raise UserError(f"{where}: expected JSON, got {shown(told)}; correct it") from None
 
 

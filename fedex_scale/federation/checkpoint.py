@@ -78,7 +78,7 @@ def publish(run: RunDir, scratch: Path, checkpoint: Checkpoint, known: dict) -> 
     own = {path: path.relative_to(scratch) for path in _files_under([scratch])}
     final = run.checkpoint(checkpoint.number)
     files = {name: entry for name, entry in known.items() if name.startswith(_KEPT)}
-    tops = folders_of(run, checkpoint.place)
+    tops = [top for top in folders_of(run, checkpoint.place) if top.exists()]
     for above in {x for top in tops for x in top.parents if x.is_relative_to(run.path)}:
         sync(above)
     for path in _files_under(tops):
