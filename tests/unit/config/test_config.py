@@ -339,23 +339,3 @@ def test_every_setting_is_explained_where_it_is_defined() -> None:
     for name, field in Config.model_fields.items():
         for key, schema in key_schemas(field.annotation).items():
             assert schema.get("description"), f"{name}.{key}"
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {"run": {"\ud800": 1}},
-        {"\ud800": {}},
-        {"self": 1},
-        {"run": {"self": 1}},
-        {"run": {"name": "\ud800"}},
-        {"run": {"name": "a\x1b[2J"}},
-        {"run": {"dir": ""}},
-    ],
-    ids=ascii,
-)
-def test_keys_and_names_that_are_no_text(tree: dict) -> None:
-    sound = {"model": {"path": "x"}, "data": {"path": "x.jsonl"}}
-    with pytest.raises(UserError) as caught:
-        load_config(sound | tree)
-    assert str(caught.value).isprintable()

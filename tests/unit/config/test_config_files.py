@@ -90,3 +90,23 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="expected a regular file, got a directory"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"run": {"\ud800": 1}},
+        {"\ud800": {}},
+        {"self": 1},
+        {"run": {"self": 1}},
+        {"run": {"name": "\ud800"}},
+        {"run": {"name": "a\x1b[2J"}},
+        {"run": {"dir": ""}},
+    ],
+    ids=ascii,
+)
+def test_keys_and_names_that_are_no_text(tree: dict) -> None:
+    sound = {"model": {"path": "x"}, "data": {"path": "x.jsonl"}}
+    with pytest.raises(UserError) as caught:
+        load_config(sound | tree)
+    assert str(caught.value).isprintable()
