@@ -47,7 +47,7 @@ class Monitor:
         self._task = self._progress.add_task("starting", total=self._total, unit="steps", state="")
         self._progress.update(self._task, completed=self._done)
         self._scores: dict[str, dict[int, float]] = {}  # by round
-        self._cap_told = False
+        self._cap_told, self._shown = False, ""
         for fields in self._before:
             if fields["event"] == "eval":
                 self._add_scores(fields)
@@ -127,7 +127,11 @@ class Monitor:
         left = (self._total - self._done) * self._training_s / (self._done - self._resumed)
         where = self._where(fields["round"], fields["client"])
         state = f"loss {fields['loss']:.3f}, {rate:,.0f} tokens/s, {duration(left)} left"
-        self._progress.update(self._task, completed=self._done, description=where, state=state)
+        new = where != self._shown  # seen at once: a small client may end before the next refresh
+        self._shown = where
+        self._progress.update(
+            self._task, completed=self._done, description=where, state=state, refresh=new
+        )
         if self._progress.disable and now - self._last_line > PLAIN_LINE_EVERY_S:
             self._last_line = now
             self.say(f"{where}, step {fields['step']}/{fields['steps']}: {state}")
