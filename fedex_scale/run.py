@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_scale.aggregation.ranks import base_update_rank, side_rank_of
 from fedex_scale.config.load import Source, load_config
-from fedex_scale.config.section import replace as changed
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.engine import lora_model, models
@@ -40,7 +39,7 @@ from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.methods.all import METHODS
-from fedex_scale.planning import choice
+from fedex_scale.planning import choice, room
 from fedex_scale.reporting import card, page, record, serving
 from fedex_scale.rounds import choose_clients, run_rounds
 from fedex_scale.runtime import distributed, faults, phases
@@ -111,7 +110,7 @@ def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
             clients = lesson.clients
             for note in clients.notes:
                 _tell(note)
-            config = with_side_rank(config, found)
+            config = settle(config, found)
             warning = distributed.on_main(lambda: choice.warning(config))
             if warning:
                 _tell(warning)
@@ -135,17 +134,20 @@ def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
         _run(config, engine, tokenizer, lesson, run, found.checkpoint, trackers, base)
 
 
-def with_side_rank(config: Config, found: Found) -> Config:
-    """Return the config with the side adapter's columns that a run was begun with, or may have."""
-    if config.aggregate.side_rank != "auto":
-        return config
-    if found.checkpoint is not None:
-        rank = found.checkpoint.config["aggregate"]["side_rank"]
-    else:
-        rank = distributed.on_main(lambda: choice.side_rank_that_fits(config))
-        if rank != "auto":
-            _tell(f"side adapter: room for {rank} columns here (aggregate.side_rank)")
-    return changed(config, aggregate=changed(config.aggregate, side_rank=rank))
+def settle(config: Config, found: Found) -> Config:
+    """Return the config with what a run was begun with, or has room for here, in place of auto."""
+    begun = found.checkpoint.config if found.checkpoint is not None else None
+    settled = room.settled(config, begun)
+    told = {
+        "aggregate.side_rank": "side adapter: room for {} columns here",
+        "train.micro_batch_tokens": "micro-batches: room for {} tokens at once here",
+    }
+    for name, line in told.items() if begun is None else ():
+        section, _, key = name.partition(".")
+        before, now = (getattr(getattr(c, section), key) for c in (config, settled))
+        if before != now:
+            _tell(f"{line.format(now)} ({name})")
+    return settled
 
 
 def check_evaluation(config: Config) -> None:
@@ -189,7 +191,7 @@ def engine_with(
 ) -> Engine:
     """Build an engine to train clients on, with room for a side adapter or planes."""
     train = config.train
-    per_forward = train.micro_batch_size * distributed.world_size()
+    at_once = train.at_once(config.data.max_length)
     return build_engine(
         config.model,
         config.lora,
@@ -198,8 +200,8 @@ def engine_with(
         side_rank=side_rank,
         has_planes=has_planes,
         optimizer=train.optimizer,
-        micro_batch_size=train.micro_batch_size,
-        accumulation=max(1, -(-train.batch_size // per_forward)),
+        micro_batch_size=at_once,
+        accumulation=max(1, -(-train.batch_size // (at_once * distributed.world_size()))),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         kind=dataclasses.replace(kind, everything=config.method.name == "full"),

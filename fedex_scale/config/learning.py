@@ -160,6 +160,9 @@ class TrainSection(Section, title="train"):
     """Examples per optimizer step, over all ranks: the same result on one GPU and on eight."""
     micro_batch_size: Count = 1
     """Examples per forward pass on one rank; what memory allows."""
+    micro_batch_tokens: Count | Literal["auto"] | None = None
+    """Instead: tokens per forward pass on one rank, padding included, of as many examples as they
+    hold. auto: as many as `fedex-scale plan` finds room for where the run begins."""
     learning_rate: Positive = 5e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -178,6 +181,20 @@ class TrainSection(Section, title="train"):
     packing: bool = False
     """Lay a micro-batch's examples end to end in one row, blind to each other: no padding, and the
     same loss. Pays where lengths differ much; needs a model that `models.PACKABLE` names."""
+
+    def at_once(self, longest: int) -> int:
+        """Return how many examples of `longest` tokens share a forward pass; of auto the fewest."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size
+        return 1 if self.micro_batch_tokens == "auto" else -(-self.micro_batch_tokens // longest)
+
+    def problems(self) -> Iterator[str]:
+        if self.micro_batch_tokens is not None and self.micro_batch_size != 1:
+            yield (
+                "train.micro_batch_size: expected to be left out beside micro_batch_tokens "
+                f"({self.micro_batch_tokens}), got {self.micro_batch_size}; leave it out, or set "
+                "train.micro_batch_tokens=null"
+            )
 
 
 class EngineSection(Section, title="engine"):

@@ -167,6 +167,7 @@ class Config(Section):
                 f"data.response_column, got {self.data.schema}; set all three"
             )
         yield from self._robust_problems()
+        yield from self._token_problems()
         fixed, clients = len(self.federation.fixed_examples), self.partition.num_clients
         if fixed not in (0, clients):
             yield (
@@ -177,6 +178,19 @@ class Config(Section):
             yield (
                 f"aggregate.fold: a {self.model.quantization} base cannot take a residual, "
                 f"got fold: {self.aggregate.fold}; use fold: side"
+            )
+
+    def _token_problems(self) -> Iterator[str]:
+        tokens, longest = self.train.micro_batch_tokens, self.data.max_length
+        if tokens is not None and self.task.kind == "images":
+            yield (
+                f"train.micro_batch_tokens: images have none, got {tokens}; set "
+                "train.micro_batch_size"
+            )
+        elif isinstance(tokens, int) and tokens < longest:
+            yield (
+                f"train.micro_batch_tokens: expected at least one example of data.max_length "
+                f"({longest}), got {tokens}; raise it, or lower data.max_length"
             )
 
     def _robust_problems(self) -> Iterator[str]:

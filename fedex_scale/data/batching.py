@@ -5,7 +5,7 @@ Every rank computes the same plan from the lengths and the seed, without communi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -133,6 +133,49 @@ def shard(
     num_micro_batches = -(-most // micro_batch_size)
     mine = step[rank::world_size]
     return [part.tolist() for part in np.array_split(np.array(mine, dtype=int), num_micro_batches)]
+
+
+def shard_by_tokens(
+    step: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    max_tokens: int,
+    packing: bool,
+) -> list[list[int]]:
+    """Return this rank's micro-batches of a step: as many on every rank, of at most so many tokens.
+
+    Examples of like length share a micro-batch, so that little is padded; padding counts.
+
+    Args:
+        lengths: of all examples; none of more than `max_tokens`.
+        packing: micro-batches are not padded.
+    """
+    order = sorted(step, key=lambda i: -lengths[i])
+    shares = [
+        list(_fill(order[first::world_size], lengths, max_tokens, packing))
+        for first in range(world_size)
+    ]
+    most = max(map(len, shares))
+    return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
+
+
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], max_tokens: int, packing: bool
+) -> Iterator[list[int]]:
+    """Yield examples, the longest first, in groups of at most so many tokens."""
+    group: list[int] = []
+    tokens = 0
+    for i in order:
+        longest = lengths[group[0]] if group else lengths[i]
+        tokens = tokens + lengths[i] if packing else longest * (len(group) + 1)
+        if tokens > max_tokens:
+            yield group
+            group, tokens = [], lengths[i]
+        group.append(i)
+    if group:
+        yield group
 
 
 def collate(

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from fedex_scale.config.learning import LoraSection, TrainSection
-from fedex_scale.data.batching import plan_steps, shard
+from fedex_scale.data.batching import plan_steps, shard, shard_by_tokens
 from fedex_scale.engine.build import Engine
 from fedex_scale.engine.contents import read_pairs, set_adapter, set_side
 from fedex_scale.engine.parameters import Source
@@ -242,11 +242,13 @@ def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair | Ten
 def _micro_batches(
     examples: Examples, indices: list[int], section: TrainSection
 ) -> Iterator[dict[str, Tensor]]:
-    parts = shard(
-        indices,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        micro_batch_size=section.micro_batch_size,
-    )
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    if section.micro_batch_tokens is None:
+        parts = shard(indices, micro_batch_size=section.micro_batch_size, **place)
+    else:
+        limit, packing = section.micro_batch_tokens, section.packing
+        parts = shard_by_tokens(
+            indices, examples.lengths, max_tokens=limit, packing=packing, **place
+        )
     for part in parts:
         yield examples.batch(part, fallback=indices[0])

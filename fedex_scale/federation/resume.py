@@ -28,9 +28,13 @@ ROUNDS = "federation.rounds"
 
 # ... or rounding alone does; a running client then starts over.
 ROUNDING = frozenset(
-    "train.micro_batch_size train.packing model.gradient_checkpointing "
+    "train.micro_batch_size train.micro_batch_tokens train.packing model.gradient_checkpointing "
     "engine.deepspeed engine.nvme_path".split()
 )
+
+
+AUTO = (("aggregate", "side_rank"), ("train", "micro_batch_tokens"))
+"""Which settings may say auto, for what the machine that begins a run has room for."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def find(config: Config, run: RunDir) -> Found:
             "run.name, or run.overwrite=true to start anew"
         )
     own = to_dict(config)
-    if own["aggregate"]["side_rank"] == "auto":  # what the machine that began it had room for
-        own["aggregate"]["side_rank"] = found.config["aggregate"]["side_rank"]
+    for section, key in AUTO:
+        if own[section][key] == "auto":
+            own[section][key] = found.config[section][key]
     changed = differences(found.config, own) - FREE
     fixed = changed - ROUNDING - {ROUNDS}
     if fixed:

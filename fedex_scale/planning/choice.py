@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import add, mul
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -70,7 +69,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         UserError: the model's config or the DeepSpeed file cannot be read.
     """
     machine = _with_nvme(config, machine)
-    sizes = _Sizes(config, machine)
+    sizes = Sizes(config, machine)
+    given, config = config, sizes.filled(config)
     chosen = sizes.estimate(config)
     remedy = None
     if not chosen.fits:
@@ -79,7 +79,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     own = config.engine.deepspeed
     files[Path(own).stem if own else PLAIN] = own
     others = [
-        sizes.estimate(replace(config, engine=replace(config.engine, deepspeed=file)))
+        sizes.estimate(sizes.filled(replace(given, engine=replace(given.engine, deepspeed=file))))
         for file in files.values()
     ]
     return Plan(
@@ -108,7 +108,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def needs(config: Config, machine: Machine) -> Estimate:
     """Return what a run needs as it stands; `make_plan` looks for other ways, too."""
     machine = _with_nvme(config, machine)
-    return _Sizes(config, machine).estimate(config)
+    return Sizes(config, machine).estimate(config)
 
 
 def warning(config: Config) -> str | None:
@@ -120,7 +120,7 @@ def warning(config: Config) -> str | None:
     if machine.gpus != distributed.world_size():
         return None
     try:
-        found = _Sizes(config, machine).estimate(config, with_work=False)
+        found = Sizes(config, machine).estimate(config, with_work=False)
     except UserError:
         return None
     places = [place for place in found.lacks if place in ("gpu", "host")]
@@ -183,30 +183,11 @@ class Side:
         )
 
 
-def side_rank_that_fits(config: Config) -> int | Literal["auto"]:
-    """Return aggregate.side_rank, halved again and again until this machine has room for it.
-
-    Activations are left aside. It stays as it is where it is given, where there are several
-    machines, and where all of it or nothing fits.
-    """
-    given, machine = config.aggregate.side_rank, this_machine()
-    if given != "auto" or machine.gpus != distributed.world_size():
-        return given
-    try:
-        sizes = _Sizes(config, machine)
-    except UserError:
-        return given  # loading says so
-    most = sizes.side.most
-    while most >= sizes.side.each > 0:
-        trial = replace(config, aggregate=replace(config.aggregate, side_rank=most))
-        if _Sizes(trial, machine).estimate(trial, with_work=False).fits:
-            return most if most < sizes.side.most else given
-        most //= 2
-    return given
-
-
-class _Sizes:
+class Sizes:
     """A config's shapes, counted once, and a micro-batch's work, counted once a setting."""
+
+    ROOM = 0.9
+    """Share of the memory that may be planned to be filled, where there is a choice."""
 
     def __init__(self, config: Config, machine: Machine) -> None:
         self.machine = machine
@@ -234,12 +215,13 @@ class _Sizes:
         self._works: dict[tuple, Work] = {}
 
     def work(self, config: Config) -> Work:
-        key = (config.train.micro_batch_size, config.model.gradient_checkpointing)
+        examples = config.train.at_once(config.data.max_length)
+        key = (examples, config.model.gradient_checkpointing)
         if key not in self._works:
             try:
                 self._works[key] = footprint.run_shapes(
                     self._model,
-                    examples=config.train.micro_batch_size,
+                    examples=examples,
                     length=config.data.max_length,
                     checkpointing=config.model.gradient_checkpointing,
                     device="cpu" if self.machine.is_cpu else "cuda",
@@ -253,11 +235,32 @@ class _Sizes:
                 ) from None
         return self._works[key]
 
-    def estimate(self, config: Config, *, with_work: bool = True) -> Estimate:
+    def filled(self, config: Config) -> Config:
+        """Return the config with as many tokens at once as there is room for, if it says auto."""
+        if config.train.micro_batch_tokens != "auto":
+            return config
+        share = math.ceil(config.train.batch_size / self.machine.gpus)
+        sizes = [share]
+        while sizes[-1] > 1:
+            sizes.append(math.ceil(sizes[-1] / 2))
+        for size in sizes:
+            tokens = size * config.data.max_length
+            trial = replace(config, train=replace(config.train, micro_batch_tokens=tokens))
+            if size == 1 or self.estimate(trial, room=self.ROOM).fits:
+                break
+        return trial
+
+    def estimate(self, config: Config, *, with_work: bool = True, room: float = 1) -> Estimate:
+        machine = self.machine
+        if room < 1:
+            host = machine.host_memory and int(room * machine.host_memory)
+            machine = dataclasses.replace(
+                machine, gpu_memory=int(room * machine.gpu_memory), host_memory=host
+            )
         return estimate(
             config,
             read_settings(config.engine.deepspeed),
-            self.machine,
+            machine,
             self.weights,
             self.work(config) if with_work else None,
             self.dtype,
@@ -287,7 +290,7 @@ def _with_nvme(config: Config, machine: Machine) -> Machine:
     return dataclasses.replace(machine, nvme=shutil.disk_usage(path).free)
 
 
-def _cheapest(config: Config, machine: Machine, sizes: _Sizes) -> str | None:
+def _cheapest(config: Config, machine: Machine, sizes: Sizes) -> str | None:
     """Return the overrides that make a config fit at the least cost in time, or None.
 
     A base of 8 or 4 bits is another model: only where nothing else helps.
@@ -307,15 +310,18 @@ def _changes(config: Config, machine: Machine) -> Iterator[Config]:
     names = ["zero2", "zero3", "zero3_offload", *["zero3_nvme"] * (machine.nvme is not None)]
     files = dict.fromkeys([own, None, *names])
     packings = ["none"] if config.model.random else ["none", "int8", "nf4"]
-    sizes = sorted({config.train.micro_batch_size, 1}, reverse=True)
+    train, longest = config.train, config.data.max_length
+    trains = [train, replace(train, micro_batch_size=1)]
+    if train.micro_batch_tokens is not None:
+        trains[1] = replace(train, micro_batch_tokens=longest)
     for packing in packings:
-        for size in sizes:
+        for smaller in dict.fromkeys(trains):
             for checkpointing in sorted({config.model.gradient_checkpointing, True}):
                 for file in files:
                     yield replace(
                         config,
                         engine=replace(config.engine, deepspeed=file),
-                        train=replace(config.train, micro_batch_size=size),
+                        train=smaller,
                         model=replace(
                             config.model,
                             gradient_checkpointing=checkpointing,
@@ -326,10 +332,9 @@ def _changes(config: Config, machine: Machine) -> Iterator[Config]:
 
 def _overrides(config: Config, other: Config) -> str:
     """Return what another config changes, as it is written on the command line."""
-    words = []
-    for name in ("engine.deepspeed", "model.gradient_checkpointing", "model.quantization"):
-        words += _override(config, other, name)
-    return " ".join(words + _override(config, other, "train.micro_batch_size"))
+    sizes = ("train.micro_batch_size", "train.micro_batch_tokens")
+    keys = ("engine.deepspeed", "model.gradient_checkpointing", "model.quantization", *sizes)
+    return " ".join(word for key in keys for word in _override(config, other, key))
 
 
 def _override(config: Config, other: Config, name: str) -> list[str]:

@@ -166,7 +166,7 @@ def _check_engine(config: Config) -> None:
     if config.engine.deepspeed:
         read_ds_config(
             config.engine,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=config.train.at_once(config.data.max_length),
             accumulation=1,
             max_grad_norm=config.train.max_grad_norm,
             bf16=models.resolve_dtype(config.model) == torch.bfloat16,

@@ -303,7 +303,8 @@ def _step_s(
     if machine.is_cpu or work is None:
         return None
     train = config.train
-    micro_batches = math.ceil(train.batch_size / (train.micro_batch_size * machine.gpus))
+    at_once = train.at_once(config.data.max_length)
+    micro_batches = math.ceil(train.batch_size / (at_once * machine.gpus))
     compute = work.flops / (machine.tflops * 1e12)
     passes = 3 if config.model.gradient_checkpointing else 2
     moved = passes * weights.base * dtype.itemsize

@@ -18,11 +18,12 @@ def show(plan: Plan) -> Iterator[RenderableType]:
     """Yield what to print, one thing after another."""
     model, train = plan.config.model, plan.config.train
     how = "with" if model.gradient_checkpointing else "without"
+    longest = plan.config.data.max_length
     yield (
         f"{model.path}: {(plan.weights.base + plan.weights.head) / _GB:.2f} billion weights, "
         f"{plan.weights.trained / 1e6:.1f} million trained; micro-batches of "
-        f"{train.micro_batch_size} x {plan.config.data.max_length} tokens, {how} gradient "
-        f"checkpointing; {_describe(plan.machine)}"
+        f"{train.at_once(longest)} x {longest} tokens, {how} gradient checkpointing; "
+        f"{_describe(plan.machine)}"
     )
     yield _components(plan)
     yield _settings(plan)
@@ -66,7 +67,8 @@ def _settings(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Iterator[str]:
-    batch = plan.config.train.batch_size / plan.config.train.micro_batch_size
+    train = plan.config.train
+    batch = train.batch_size / train.at_once(plan.config.data.max_length)
     yield f"arithmetic: {plan.work.flops * batch / 1e12:,.1f} TFLOP a step"
     if plan.chosen.step_s is None:
         return

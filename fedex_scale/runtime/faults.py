@@ -216,9 +216,9 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return (
-            "out of memory; lower train.micro_batch_size, or set model.gradient_checkpointing="
-            "true, or engine.deepspeed=zero3_offload; the same command with "
-            "--resume goes on"
+            "out of memory; lower train.micro_batch_size (or micro_batch_tokens), or set "
+            "model.gradient_checkpointing=true, or engine.deepspeed=zero3_offload; the same "
+            "command with --resume goes on"
         )
     if isinstance(error, RuntimeError) and any(words in text for words in _LOST_PEER):
         deadline = time.monotonic() + 2  # the other's last breath

@@ -51,7 +51,7 @@ class Look:
         """
         if self.lesson.clients.held_out:
             began = time.perf_counter()
-            size = self.config.train.micro_batch_size
+            size = self.config.train.at_once(self.config.data.max_length)
             found = held_out_loss(model, self.lesson.clients.held_out, micro_batch_size=size)
             monitor.log("held_out", round=round, took_s=time.perf_counter() - began, **found)
         began = time.perf_counter()

@@ -39,6 +39,7 @@ from fedex_scale.federation.state import Place, ServerState
 from fedex_scale.files.adapter_writers import AdapterWriter
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.planning import room
 from fedex_scale.rounds import train
 from fedex_scale.run import engine_with, load_lesson
 from fedex_scale.runtime import distributed, faults, phases
@@ -110,6 +111,7 @@ class _Round:
             last = distributed.on_main(lambda: self._begin(run, told, server_dir, facts))
             check_shared(run.path)
         if last is None or self._client not in last.place.done:
+            self._config = config = room.settled(config, last and last.config)
             with phase("load"):
                 engine = distributed.together(
                     lambda: engine_with(config, side_rank=1, kind=lesson.model)

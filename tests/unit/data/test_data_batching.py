@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedex_scale.data.batching import MASKED, Examples, collate, plan_steps, shard
+from fedex_scale.data.batching import MASKED, Examples, collate, plan_steps, shard, shard_by_tokens
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -75,6 +77,35 @@ def test_shards_cover_a_step_alike(n: int, world_size: int, micro_batch_size: in
     sizes = [sum(map(len, parts)) for parts in shards]
     assert max(sizes) - min(sizes) <= 1
     assert max(len(part) for parts in shards for part in parts) <= micro_batch_size
+
+
+@QUICK
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    world_size=st.integers(1, 9),
+    max_tokens=st.integers(50, 400),
+    packing=st.booleans(),
+)
+def test_micro_batches_of_so_many_tokens(
+    lengths: list[int], world_size: int, max_tokens: int, packing: bool
+):
+    step = list(range(len(lengths)))
+    shards = [
+        shard_by_tokens(
+            step, lengths, rank=rank, world_size=world_size, max_tokens=max_tokens, packing=packing
+        )
+        for rank in range(world_size)
+    ]
+    assert sorted(i for parts in shards for part in parts for i in part) == step
+    assert len({len(parts) for parts in shards}) == 1
+    for parts in shards:
+        sizes = [[lengths[i] for i in part] for part in parts]
+        tokens = [sum(x) if packing else max(x, default=0) * len(x) for x in sizes]
+        assert max(tokens) <= max_tokens
+        # No two neighbours would have fitted into one.
+        for one, two in pairwise(x for x in sizes if x):
+            first = sum(one) + two[0] if packing else one[0] * (len(one) + 1)
+            assert first > max_tokens
 
 
 def test_collate_pads_to_the_longest_and_trains_the_end_token(examples: Examples):

@@ -15,6 +15,7 @@ from fedex_scale.federation import checkpoint
 from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import Place
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.planning import room
 from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
 
@@ -24,6 +25,7 @@ CASES = {
     "planes": ["aggregate.fold=planes", "model.dtype=bfloat16"],
     "round": ["aggregate.fold=round", "model.dtype=bfloat16", "federation.init=per_client"],
     "overflow": ["aggregate.side_rank=2", "model.dtype=bfloat16", "federation.client_fraction=0.7"],
+    "tokens": ["train.micro_batch_size=1", "train.micro_batch_tokens=auto"],
     "flora": ["method.name=flora", "aggregate.fold=carry"],
     "ffa": ["method.name=ffa"],
     "held_out": ["data.holdout=0.2", "lora.dropout=0.1", "evaluation.every_rounds=1"],
@@ -199,6 +201,33 @@ def test_changed_settings(
     assert len(checkpoint.numbers(done)) == 1
     steps = [x for x in events(done.path) if x["event"] == "step"]
     assert len({(x["round"], x["client"], x["step"]) for x in steps}) == len(steps) == 18
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_tokens_at_once_change_nothing_but_rounding(packing: str, config: Path) -> None:
+    """Three examples of some 100 tokens share a pass, and one is left: weighed as in any other."""
+    same = [f"train.packing={packing}", "federation.rounds=1", "train.batch_size=8"]
+    tokens = ["train.micro_batch_size=1", "train.micro_batch_tokens=600"]
+    runs = [run(config, f"one-{packing}", *same), run(config, f"600-{packing}", *same, *tokens)]
+    one, other = ([x["loss"] for x in events(x.path) if x["event"] == "step"] for x in runs)
+    assert one == pytest.approx(other, rel=1e-5)
+    assert one != other
+
+
+def test_a_run_keeps_the_tokens_that_it_was_begun_with(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["train.micro_batch_size=1", "train.micro_batch_tokens=auto"]
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        interrupt_after(patch, 4)
+        patch.setattr(room, "tokens_that_fit", lambda config: 600)
+        run(config, "begun", *tokens)
+    assert "room for 600 tokens at once here (train.micro_batch_tokens)" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "tokens_that_fit", lambda config: 1200)
+        begun = run(config, "begun", *tokens, resume=True)
+    tokens[1] = "train.micro_batch_tokens=600"
+    assert_same_result(run(config, "whole", *tokens).path, begun.path)
 
 
 def test_nothing_to_go_on_from(

@@ -14,7 +14,7 @@ from fedex_scale.config.learning import LoraSection, ModelSection
 from fedex_scale.config.load import load_config
 from fedex_scale.config.settings import Config
 from fedex_scale.engine.lora_model import SIDE
-from fedex_scale.planning import choice, footprint
+from fedex_scale.planning import choice, footprint, room
 from fedex_scale.planning.machine import Machine, parse_size
 from fedex_scale.runtime.errors import UserError
 
@@ -27,7 +27,8 @@ PER_RANK = 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
 
 
 def recipe(*overrides: str) -> Config:
-    return load_config(MISTRAL, overrides)
+    """Return the recipe with one example at a time, unless told otherwise."""
+    return load_config(MISTRAL, ["train.micro_batch_tokens=null", *overrides])
 
 
 def plan(config: Config, **machine: int | float | None) -> choice.Plan:
@@ -76,18 +77,35 @@ def test_the_side_adapter_takes_what_is_planned(tiny_llama: Path, tmp_path: Path
         rounds.advance(drifting(rounds, "shared", number))
     layers = rounds.engine.layers.values()
     held = sum(x[SIDE].weight.nbytes for layer in layers for x in (layer.lora_A, layer.lora_B))
-    planned = choice._Sizes(rounds.config, Machine()).weights.side
+    planned = choice.Sizes(rounds.config, Machine()).weights.side
     assert held == 2 * planned, "in bf16"
 
 
 def test_a_run_takes_the_columns_that_there_is_room_for(tiny_llama, tmp_path, monkeypatch) -> None:
     settings = ["federation.rounds=8", "lora.rank=32", "partition.num_clients=3"]
     config = load_config(write_config(tiny_llama, tmp_path), settings)
-    assert choice.side_rank_that_fits(config) == "auto", "room for all 512"
-    tight = choice._Sizes(config, Machine()).estimate(config, with_work=False).total("host")
-    room = Machine(host_memory=int(tight) - 1)
-    monkeypatch.setattr(choice, "this_machine", lambda: room)
-    assert choice.side_rank_that_fits(config) == 256
+    assert room.side_rank_that_fits(config) == "auto", "room for all 512"
+    tight = choice.Sizes(config, Machine()).estimate(config, with_work=False).total("host")
+    small = Machine(host_memory=int(tight) - 1)
+    monkeypatch.setattr(room, "this_machine", lambda: small)
+    assert room.side_rank_that_fits(config) == 256
+
+
+def test_tokens_at_once_are_those_that_fit() -> None:
+    """Doubled until nine tenths of the card are filled; one example at least; a step's at most."""
+    sizes, found = choice.Sizes(recipe(), Machine()), {}
+    for memory in (10, 24, 28, 80):
+        sizes.machine, most = Machine(gpu_memory=memory * GB), 0.9 * memory * GB
+        filled = sizes.filled(recipe("train.micro_batch_tokens=auto")).train.micro_batch_tokens
+        found[memory] = filled // 512
+
+        def taken(examples: int) -> float:
+            trial = recipe(f"train.micro_batch_tokens={512 * examples}")
+            return sizes.estimate(trial).total("gpu")
+
+        assert taken(found[memory]) <= most or found[memory] == 1
+        assert taken(2 * found[memory]) > most or found[memory] == 32
+    assert found[10] == 1 < found[24] <= found[28] < found[80] == 32, found
 
 
 def test_every_deepspeed_file_has_its_row(on_80_gb: choice.Plan) -> None:
