@@ -154,7 +154,7 @@ def check_evaluation(config: Config) -> None:
     """Raise a UserError where the model could be trained but not scored."""
     partitioned = zero_stage(config.engine) == 3
     evaluation.check_batch_size(config.evaluation, partitioned=partitioned)
-    evaluation.check_tasks(config.evaluation)
+    evaluation.check_tasks(config.evaluation, models.positions(config.model))
     if config.evaluation.generate:
         asked.read_prompts(config.evaluation.generate)
 
@@ -164,6 +164,7 @@ def load_lesson(config: Config, processor: Any) -> Lesson:
     lesson = read_lesson(config, processor)
     if lesson.largest_token:
         models.check_vocabulary(config.model, lesson.largest_token)
+        models.check_lengths(config.model, lesson.longest)
     return lesson
 
 

@@ -30,7 +30,7 @@ _EQUALS = re.compile(r"=|\u2248|\\approx")
 _BEFORE = re.compile(r"(?:[-+*/^\u2212\u00d7\u00f7\u221a]\s*|[\w).])$")
 _AFTER = re.compile(
     r"^\s?[.,:]?\s?\d|^[eE][-+]?\d|^[\u00b2\u00b3\u00bc-\u00be]"
-    r"|(?:[-+*/^\u2212\u00d7\u00f7]|(?<![a-z])x)\s*\(?\s*\d"
+    r"|(?:[-+*/\u2212\u00d7\u00f7]|(?<!m)(?<!ft|in|yd)\^|(?<![a-z])x)\s*\(?\s*\d"  # m^2
 )
 _COMMAND = re.compile(r"\\[A-Za-z]")
 

@@ -115,6 +115,26 @@ def check_vocabulary(section: ModelSection, largest: int) -> None:
         )
 
 
+def check_lengths(section: ModelSection, longest: int) -> None:
+    """Raise a UserError where the longest example has more tokens than the model positions."""
+    most = positions(section)
+    if most is not None and longest > most:
+        raise UserError(
+            f"data.max_length: expected examples of at most {most} tokens, the positions of "
+            f"{section.path}, got one of {longest}; set data.max_length={most}"
+        )
+
+
+def positions(section: ModelSection) -> int | None:
+    """Return the number of tokens that the model can read at once; None where it does not say."""
+    config = base_config(section)
+    names = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
+    most = next((getattr(config, x) for x in names if getattr(config, x, None)), None)
+    if most is not None and config.model_type in ("camembert", "roberta", "xlm-roberta"):
+        return most - config.pad_token_id - 1  # where they begin to count
+    return most
+
+
 def load_processor(section: ModelSection, kind: ModelKind) -> Any:
     """Return the model's tokenizer, or what makes its inputs of images."""
     if kind.auto != "AutoModelForImageClassification":
@@ -167,6 +187,11 @@ def load_model(
     else:
         model = _load(kind.model_class, section, **options)
         model.config.use_cache = True
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # At the first score bitsandbytes would lay 4-bit weights out anew for such a CPU, for
+            # good, and no gradient passes through the kernel that reads them so.
+            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     return model
 

@@ -182,12 +182,16 @@ def _cap_note(
     shapes = facts.shapes().values()
     column, weights = sum(o + i for o, i in shapes), sum(o * i for o, i in shapes)
     more, lost = max(0, needed - facts.side_rank), 1 - (report.kept_of_all or 0)
-    return (
+    line = (
         f"the side adapter is full at {facts.side_rank} columns: {lost:.2%} of "
         "all rounds' residuals is not seen in the forward pass, and kept by the server; "
         f"aggregate.side_rank={needed} holds {rounds} rounds, for {more * column / weights:.0%} of "
-        f"the adapted layers' work and {more * column * facts.dtype.itemsize / 1e6:,.0f} MB more; "
-        f"aggregate.fold=planes holds any number, for 100% and "
+        f"the adapted layers' work and {more * column * facts.dtype.itemsize / 1e6:,.0f} MB more"
+    )
+    if config.model.quantization != "none":  # its weights take no second plane
+        return line
+    return (
+        f"{line}; aggregate.fold=planes holds any number, for 100% and "
         f"{weights * facts.dtype.itemsize / 1e6:,.0f} MB"
     )
 

@@ -30,8 +30,9 @@ def read_config(path: Path) -> dict:
         raise UserError(
             f"{path}: expected a PEFT adapter directory, found no {CONFIG_FILE}"
         ) from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: expected a LoRA adapter, got {config!r:.80}")
+    kind = config.get("peft_type") if isinstance(config, dict) else config
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type: expected LORA, got {kind!r:.80}; train one with LoRA")
     known = checked.check(kinds.AdapterConfig, config, file, remedy)
     task = known.task_type
     if task is not None and task not in _TASKS:

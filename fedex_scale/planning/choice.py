@@ -141,11 +141,13 @@ class Side:
         each: of a round's residual; 0 where the method has none.
         most: that it may come to have; 0 without one.
         rounds: of the run.
+        writable: planes may take its place.
     """
 
     each: int
     most: int
     rounds: int
+    writable: bool
 
     @classmethod
     def of(cls, config: Config, clients: int) -> Side:
@@ -154,6 +156,7 @@ class Side:
             each=base_update_rank(config.method, *setting),
             most=side_rank_of(config.method, config.aggregate, *setting, config.federation.rounds),
             rounds=config.federation.rounds,
+            writable=config.model.quantization == "none",
         )
 
     @property
@@ -171,12 +174,14 @@ class Side:
             f"the side adapter grows to {self.trained} columns in the last round's training, "
             f"{self.trained * columns / weights:.0%} more work in the adapted layers"
         )
-        if held < self.rounds:
+        if held < self.rounds and self.most < max(map(min, shapes.values())):
             line += (
                 f"; its {self.most} columns hold {held} of {self.rounds} rounds whole, and later "
                 "ones lose a part in the forward pass, which the server keeps; "
                 f"aggregate.side_rank={self.each * self.rounds} holds all"
             )
+        if not self.writable:
+            return line
         return (
             f"{line}; aggregate.fold=planes does as much work from round "
             f"{weights // (self.each * columns) + 2} on"

@@ -104,7 +104,7 @@ def text(run: RunDir, *, base: str | None = None, adapter: str | None = None) ->
         "load_adapter": load_adapter,
         "adapter_rank": rank,
         "vllm": serving.vllm(load_base, load_adapter, rank, served),
-        "merging": serving.merging("RUN"),
+        "merging": serving.merging("RUN", config["model"], opened),
         "prompt": prompt_of(tree),
         "chat_template": TEMPLATE_FILE if template else None,
     }

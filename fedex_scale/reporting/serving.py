@@ -5,10 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.basefiles import BaseFiles, base_directory
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.runtime.errors import UserError
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
@@ -29,11 +33,21 @@ def vllm(base: str, adapter: str, rank: int, name: str) -> str | None:
     )
 
 
-def merging(run: str) -> str:
+def merging(run: str, model: Mapping[str, Any], adapter: Adapter) -> str | None:
     """Return the command that makes one model, for programs that serve no adapters.
 
-    In float32: bfloat16 rounds much of what was trained away (docs/exactness.md).
+    In float32: bfloat16 rounds much of what was trained away (docs/exactness.md). None where the
+    adapter has a layer whose weight is the embedding's too: no file could hold both.
+
+    Args:
+        model: the run's settings of that name.
     """
+    try:
+        base = BaseFiles(base_directory(model["path"], model["revision"]))
+        if any(map(base.is_tied, adapter.layers)):
+            return None
+    except UserError:  # it is not here any more
+        pass
     return f"fedex-scale export {shlex.quote(run)} --merged --dtype float32 --out merged"
 
 
@@ -42,8 +56,11 @@ def next_steps(config: Config, run: RunDir, written: Mapping[str, Path]) -> Iter
     path = str(run.path)
     yield f"talk to it: fedex-scale chat {shlex.quote(path)}"
     exact = "exact_adapter" in written
-    adapter = written["exact_adapter" if exact else "adapter"]
+    adapter = Adapter(written["exact_adapter" if exact else "adapter"])
     base = str(written["base"]) if "base" in written and not exact else config.model.path
-    served = vllm(base, str(adapter), Adapter(adapter).rank, config.method.name)
-    yield f"serve it: {served or f'{merging(path)} && vllm serve merged --dtype float32'}"
-    yield f"or: {merging(path)} && transformers serve merged"
+    merge = merging(path, to_dict(config.model), adapter)
+    served = vllm(base, str(adapter.path), adapter.rank, config.method.name)
+    if served or merge:
+        yield f"serve it: {served or f'{merge} && vllm serve merged --dtype float32'}"
+    if merge:
+        yield f"or: {merge} && transformers serve merged"

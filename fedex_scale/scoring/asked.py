@@ -81,13 +81,14 @@ def answers(
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    options = {"until": [], "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False}
-    requests = [
-        Instance(request_type="generate_until", doc={}, arguments=(text, dict(options)), idx=0)
-        for text in texts
-    ]
     with as_it_was(model), torch.no_grad():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=False if as_chat else None)
+        most = max(1, min(MAX_NEW_TOKENS, lm.max_length // 2))  # a short context holds the prompt
+        options = {"until": [], "max_gen_toks": most, "do_sample": False}
+        requests = [
+            Instance(request_type="generate_until", doc={}, arguments=(text, dict(options)), idx=0)
+            for text in texts
+        ]
         spread_requests(lm, batch_size)
         return lm.generate_until(requests)
 

@@ -39,8 +39,12 @@ TASKS_DIR = shipped("tasks")
 BOOTSTRAPS = 1000  # for standard errors that have no formula; a mean's has one
 
 
-def check_tasks(section: EvaluationSection) -> None:
-    """Raise a UserError for an unknown task or missing data, before anything is generated."""
+def check_tasks(section: EvaluationSection, positions: int | None = None) -> None:
+    """Raise a UserError for an unknown task or missing data, before anything is generated.
+
+    Args:
+        positions: that the model has, and a task's answers must leave some of.
+    """
     if not section.tasks:
         return
     _check_files(section)
@@ -64,7 +68,10 @@ def check_tasks(section: EvaluationSection) -> None:
             f"task and this project's have no examples, got {section.num_fewshot}"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = [x for name in section.tasks for x in _load(name, section, manager, Path(scratch))]
+        tasks = [x for name in section.tasks for x in _load(name, section, manager, Path(scratch))]
+    if positions is not None:
+        _check_positions(tasks, positions)
+    loaded = [task.config.task for task in tasks]
     for task in loaded:
         if loaded.count(task) > 1:
             raise UserError(f"evaluation.tasks: {task} is there twice, alone or in a group")
@@ -193,13 +200,15 @@ def _wants_bos(model: nn.Module) -> bool | None:
     return True if model.config.model_type.startswith("gemma") else None
 
 
-def _load(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> list[str]:
-    """Load a task or group with its rows, and return the names of its tasks."""
+def _load(
+    name: str, section: EvaluationSection, manager: TaskManager, scratch: Path
+) -> list[ConfigurableTask]:
+    """Load a task or group with its rows, and return its tasks."""
     try:
-        tasks = manager.load([_spec(name, section, manager, scratch)])["tasks"]
-        for task in tasks.values():
+        tasks = list(manager.load([_spec(name, section, manager, scratch)])["tasks"].values())
+        for task in tasks:
             _check_examples(task, section)
-        return list(tasks)
+        return tasks
     except UserError:
         raise
     except Exception as error:  # whatever the hub, or a task's own code, makes of missing rows
@@ -220,6 +229,17 @@ def _check_examples(task: ConfigurableTask, section: EvaluationSection) -> None:
             f"task {task.config.task}: expected at least {shots} rows to take examples from, got "
             f"{rows}; set evaluation.num_fewshot or name other data"
         )
+
+
+def _check_positions(tasks: list[ConfigurableTask], positions: int) -> None:
+    """Raise a UserError where lm-eval would find no room for a prompt before an answer."""
+    for task in tasks:
+        most = (task.config.generation_kwargs or {}).get("max_gen_toks", 256)  # lm-eval's own
+        if task.config.output_type == "generate_until" and most >= positions:
+            raise UserError(
+                f"task {task.config.task}: expected a model with more positions than the {most} "
+                f"tokens of an answer, got {positions}; name another task or model"
+            )
 
 
 def _spec(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> str:

@@ -32,10 +32,6 @@ def held_out_loss(
         parts: held-out examples, at least one each, by the name of who has them.
     """
     model.eval()
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would lay 4-bit weights out anew for a CPU, and not go back to train.
-            module.training = True
     sums = [_sum(model, part, micro_batch_size) for part in parts.values()]
     losses = distributed.sum_over_ranks(*sums)
     tokens = [int(part.units.sum()) for part in parts.values()]

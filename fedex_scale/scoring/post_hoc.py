@@ -120,7 +120,8 @@ def score(subject: Subject, out: Path) -> dict[str, Any]:
     Every rank of a launcher calls this; each holds the whole model and answers its share.
     """
     distributed.on_main(lambda: check_out(out))
-    distributed.together(lambda: evaluation.check_tasks(subject.section))
+    positions = distributed.together(lambda: models.positions(subject.model))
+    distributed.together(lambda: evaluation.check_tasks(subject.section, positions))
     tokenizer = distributed.together(lambda: models.load_tokenizer(subject.model))
     model, device = distributed.together(lambda: load(subject)), distributed.device()
     if subject.model.quantization == "none":

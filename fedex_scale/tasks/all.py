@@ -13,7 +13,7 @@ from fedex_scale.methods.all import METHODS
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
 from fedex_scale.tasks import classify, generate, images, instruct
-from fedex_scale.tasks.interface import CAUSAL, ModelKind, Score, Task
+from fedex_scale.tasks.interface import CAUSAL, Examples, ModelKind, Score, Task
 
 OPEN: dict[str, Callable[[Config, Any], Task]] = {
     "classify": classify.open_task,
@@ -35,8 +35,16 @@ class Lesson:
     @property
     def largest_token(self) -> int:
         """0 where there are no tokens."""
-        parts = (*self.clients.train, *self.clients.held_out.values())
-        return max(getattr(part, "largest_token", 0) for part in parts)
+        return max(getattr(part, "largest_token", 0) for part in self._parts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, where there are tokens."""
+        return max(int(part.lengths.max(initial=0)) for part in self._parts)
+
+    @property
+    def _parts(self) -> tuple[Examples, ...]:
+        return (*self.clients.train, *self.clients.held_out.values())
 
 
 def read_lesson(config: Config, processor: Any) -> Lesson:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import HfApi, constants
-from tiny import SIZES
+from tiny import SIZES, VOCABULARY
 from transformers import AutoConfig
 
 from fedex_scale.cli import main
@@ -115,10 +115,26 @@ def test_another_models_tokenizer_is_one_line(
     AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path)
     model = f"model={{config: {tmp_path}, random: true}}"
     with pytest.raises(SystemExit) as ended:
-        main(["run", "--config", str(tiny_config), "run.name=bad", model])
+        main(["run", "--config", str(tiny_config), "run.name=bad", model, "evaluation.tasks=[]"])
     assert ended.value.code == 2
     assert "expected tokens below its vocabulary's size, 97, got token" in capsys.readouterr().err
     assert not (runs_of(tiny_config) / "bad").exists()
+
+
+@pytest.mark.parametrize(("model", "most"), [("gpt2", 32), ("roberta", 29)])
+def test_examples_that_a_model_has_no_positions_for_are_one_line(
+    model: str, most: int, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RoBERTa counts from its pad token on, the third here."""
+    sizes = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": 2}
+    AutoConfig.for_model(model, **sizes).save_pretrained(tmp_path)
+    options = [f"model={{config: {tmp_path}, random: true}}", "evaluation.tasks=[]"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), "run.name=bad", *options])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"expected examples of at most {most} tokens, the positions of" in told
+    assert f"set data.max_length={most}" in told
 
 
 @pytest.mark.parametrize("method", ["{name: fedex}", "{name: flora}", "{name: fedex, assign: svd}"])

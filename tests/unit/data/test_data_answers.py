@@ -51,6 +51,7 @@ from fedex_scale.runtime.errors import UserError
         ("3 - 5 = -2", 3, -2),
         ("3 + 4", 3, None),
         ("2^3", 2, None),
+        ("7 cm^2", 7, 7),
         ("20-30", 20, None),
         ("x - 5", 5, None),
         ("x = 40 apples, not 50", 40, 40),

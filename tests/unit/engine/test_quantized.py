@@ -69,6 +69,22 @@ def test_a_quantized_base_is_never_written_to(
     assert not (folder / "final" / "base").exists()
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_score_does_not_change_what_is_trained(
+    config: Path, quantization: str, tmp_path: Path
+) -> None:
+    """bitsandbytes lays 4-bit weights out anew in evaluation, where the CPU is made for it."""
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "prompts.txt").write_text("What is 2 + 2?\n")
+    options = [f"model.quantization={quantization}", "federation.rounds=1"]
+    unscored = run(config, f"{quantization}-unscored", *options)
+    options += [f"evaluation.generate={tmp_path / 'prompts.txt'}", "evaluation.before=true"]
+    scored = run(config, f"{quantization}-scored", *options)
+    assert list(scored.glob("evaluations/round-0000/answers*"))
+    for client in sorted((unscored / "clients").rglob("*.safetensors")):
+        assert client.read_bytes() == (scored / client.relative_to(unscored)).read_bytes()
+
+
 def test_what_a_packed_base_cannot_take_is_told(config: Path, capsys) -> None:
     pytest.importorskip("bitsandbytes")
     folder = run(config, "capped", "model.quantization=nf4", "aggregate.side_rank=8")
@@ -78,6 +94,7 @@ def test_what_a_packed_base_cannot_take_is_told(config: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert "warning: the side adapter is full at 8 columns" in out
     assert "aggregate.side_rank=16 holds 2 rounds" in out
+    assert "planes" not in out, "which such a base cannot have"
     side = load_file(folder / "server" / "round-0002" / "side" / "adapter_model.safetensors")
     assert all(torch.isfinite(x).all() for x in side.values())
 

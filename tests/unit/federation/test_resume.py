@@ -239,15 +239,15 @@ def test_nothing_to_go_on_from(
     with pytest.raises(UserError, match="no checkpoint to go on from"):
         run(config, "other", resume=True)
     assert (other / "mine").read_text() == "mine"
-    begun = directory(config, "begun")
-    begun.mkdir()
-    (begun / "config.yaml").write_text("")
-    run(config, "begun", "federation.rounds=1", resume=True)
+    old = directory(config, "old")
+    old.mkdir()
+    (old / "config.yaml").write_text("")
+    run(config, "old", "federation.rounds=1", resume=True)
     assert "no checkpoint to go on from; starting anew" in capsys.readouterr().out
-    for manifest in begun.glob("checkpoints/*/manifest.json"):
+    for manifest in old.glob("checkpoints/*/manifest.json"):
         manifest.write_text(manifest.read_text().replace("true", "false"))
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
-        run(config, "begun", "federation.rounds=1", resume=True)
+        run(config, "old", "federation.rounds=1", resume=True)
 
 
 def test_a_missing_run_is_started(config: Path) -> None:

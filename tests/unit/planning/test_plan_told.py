@@ -9,7 +9,7 @@ import pytest
 
 from fedex_scale.config.load import load_config
 from fedex_scale.config.section import replace
-from fedex_scale.planning.choice import Sizes
+from fedex_scale.planning.choice import Side, Sizes
 from fedex_scale.planning.machine import Machine
 
 README = Path(__file__).parents[3] / "README.md"
@@ -39,3 +39,30 @@ def test_readmes_row_is_the_plans(model: str) -> None:
         sizes.machine = Machine(gpu_memory=memory * GB, host_memory=128 * GB)
         tokens = sizes.filled(config).train.micro_batch_tokens
         assert told == f"{tokens // config.data.max_length}"
+
+
+SHAPES = {"wide": (640, 512), "narrow": (96, 64)}
+
+
+@pytest.mark.parametrize(
+    ("most", "writable", "told", "not_told"),
+    [
+        (160, True, ["hold 2 of 4 rounds whole", "side_rank=320 holds all", "planes"], []),
+        (160, False, ["side_rank=320 holds all"], ["planes"]),
+        (320, True, ["grows to 240 columns", "planes"], ["hold"]),
+        (512, True, ["planes"], ["hold"]),  # as many as the widest layer has at all
+    ],
+)
+def test_what_rounds_cost_is_told(
+    most: int, writable: bool, told: list[str], not_told: list[str]
+) -> None:
+    note = Side(each=80, most=most, rounds=4, writable=writable).note(SHAPES)
+    assert note is not None
+    assert all(x in note for x in told)
+    assert not any(x in note for x in not_told)
+
+
+def test_a_side_adapter_of_every_column_is_no_cap() -> None:
+    note = Side(each=400, most=512, rounds=4, writable=True).note(SHAPES)
+    assert note is not None
+    assert "hold" not in note

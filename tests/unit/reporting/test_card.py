@@ -9,10 +9,13 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from resuming import write_config
+from tiny import make_gpt2
 from transformers import AutoModelForCausalLM
 
+import fedex_scale
 from fedex_scale.reporting.card import base_name
 from fedex_scale.run import run_config
+from fedex_scale.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +70,21 @@ def test_it_tells_the_score_and_no_path_of_this_machine(card: Path) -> None:
 )
 def test_base_is_a_hub_id_or_a_name(path: str, name: str) -> None:
     assert base_name(path) == name
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "lm_head"]])
+def test_only_what_can_be_merged_is_told_to_be(
+    targets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2's output layer is its embedding: no file holds one of them changed alone."""
+    model = make_gpt2(tmp_path / "gpt2")
+    path = write_config(model, tmp_path, lora={"target_modules": targets})
+    done = run_config(path, ["federation.rounds=1", "run.name=run"])
+    told = [capsys.readouterr().out, (done / "final" / "README.md").read_text("utf-8")]
+    if "lm_head" not in targets:
+        assert all("--merged --dtype float32" in text for text in told)
+        return
+    assert not any("--merged" in text for text in told)
+    assert "serve it: vllm serve" in told[0]
+    with pytest.raises(UserError, match="expected the weight of layer lm_head"):
+        fedex_scale.export(done, tmp_path / "merged", merged=True)

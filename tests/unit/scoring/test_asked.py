@@ -6,13 +6,14 @@ from pathlib import Path
 
 import chat_templates as published
 import pytest
-from tiny import make_metaspace_tokenizer, make_tokenizer
+from tiny import SIZES, VOCABULARY, make_metaspace_tokenizer, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedex_scale.config.learning import DataConfig
 from fedex_scale.data.encode import encode
 from fedex_scale.data.prompts import schema_of
 from fedex_scale.runtime.errors import UserError
-from fedex_scale.scoring.asked import page, read_prompts, texts_of
+from fedex_scale.scoring.asked import answers, page, read_prompts, texts_of
 
 ROWS = {
     "alpaca": {"instruction": "How many pens?", "output": "Two"},
@@ -63,3 +64,11 @@ def test_the_page_shows_text_and_not_what_it_says() -> None:
     assert "\x1b" not in shown
     assert "## 1. &lt;img&gt;" in shown
     assert "| a&#124;b<br># c | &#92;x1b&#91;31m&#96;x&#96; |" in shown
+
+
+def test_a_short_context_keeps_room_for_the_prompt() -> None:
+    """A model of 64 positions can neither write 256 tokens nor be asked to."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": VOCABULARY}))
+    tokenizer = make_tokenizer()
+    (told,) = answers(model, tokenizer, ["How many pens?"], batch_size=1, as_chat=False)
+    assert isinstance(told, str)

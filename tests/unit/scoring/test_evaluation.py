@@ -75,13 +75,20 @@ def test_bad_input_is_told_in_one_line(section: dict, message: str, data_dir: st
     assert "\n" not in str(told.value)
 
 
+def test_a_model_of_fewer_positions_than_an_answers_tokens_is_refused(data_dir: str) -> None:
+    section = EvaluationSection(tasks=("fedex_gsm8k",), data_dir=data_dir)
+    check_tasks(section, 257)
+    with pytest.raises(UserError, match="more positions than the 256 tokens of an answer, got 256"):
+        check_tasks(section, 256)
+
+
 def test_auto_under_zero3_on_several_ranks_is_refused_before_the_model_loads(
-    monkeypatch: pytest.MonkeyPatch, data_dir: str
+    monkeypatch: pytest.MonkeyPatch, data_dir: str, tiny_llama: Path
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     config = Config(
         data=DataConfig(path="none"),
-        model=ModelSection(path="none"),
+        model=ModelSection(path=str(tiny_llama)),
         evaluation=EvaluationSection(tasks=TASKS, data_dir=data_dir, batch_size="auto"),
     )
     check_evaluation(config)
