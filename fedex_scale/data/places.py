@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,18 +122,61 @@ def blame(file: str) -> None:
             )
 
 
+def read_json(files: Sequence[str], source: str) -> Dataset:
+    """Return the rows of JSON, or JSON lines, with its texts as they stand there.
+
+    The reader of `datasets` takes a text that looks like a date for one, and writes it anew.
+
+    Raises:
+        UserError: the rows cannot be read, or are of several forms.
+    """
+    stats = [Path(file).stat() for file in files]
+    # What is cached is known by these: a changed file is read anew.
+    stamps = [
+        (str(Path(file).resolve()), x.st_size, x.st_mtime_ns)
+        for file, x in zip(files, stats, strict=True)
+    ]
+    known = {"files": list(files), "stamps": stamps}
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come as exceptions, too
+    try:
+        rows = Dataset.from_generator(_rows_of, gen_kwargs=known)
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data: cannot load {source} ({why}); look at the file") from None
+    if not len(rows):
+        raise UserError(f"{source}: expected at least one row, got none; name other data")
+    return rows
+
+
+def _rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        if Path(file).suffix == ".json":
+            try:
+                whole = json.loads(Path(file).read_bytes())
+                yield from whole if isinstance(whole, list) else [whole]
+                continue
+            except json.JSONDecodeError as error:
+                if not error.msg.startswith("Extra data"):
+                    raise
+        yield from (json.loads(raw) for _, raw in _lines(file))
+
+
 def read_lines(files: Sequence[str]) -> Dataset:
-    """Return the rows of JSON lines that `blame` found nothing wrong with, one after another.
+    """Return the rows of JSON that `blame` found nothing wrong with, one after another.
 
     For rows of which some have keys that others lack, within a turn too: `datasets` may refuse
     them, as it decides on the first ones.
 
     Raises:
-        UserError: a column holds values of several types.
+        UserError: a column holds values of several types, or what is half a character.
     """
-    rows = [json.loads(raw) for file in files for _, raw in _lines(file)]
+    rows = list(_rows_of(files, ()))
     if not rows:
         raise UserError(f"{named(files[0])}: expected at least one row, got none; name other data")
+    for index, row in enumerate(rows):
+        _check_row(row, files, index)
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [_flat(row.get(key), key) for row in rows] for key in keys}
     for name, values in columns.items():
@@ -146,6 +190,21 @@ def read_lines(files: Sequence[str]) -> Dataset:
                 f"({shown(first)}), got {shown(values[odd])}; bring all rows to one form"
             ) from None
     return Dataset.from_dict(columns)
+
+
+def _check_row(row: Any, files: Sequence[str], index: int) -> None:
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{place_of(files, index)}: expected a row with named columns, got {shown(row)}; "
+            "correct it"
+        )
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(
+            f"{place_of(files, index)}: expected characters, got half of one ({half}); correct it"
+        ) from None
 
 
 def _flat(value: Any, column: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from fedex_scale.config.federation import PartitionConfig
 from fedex_scale.config.learning import DataConfig
@@ -229,14 +230,33 @@ def _read_files(files: Sequence[str], source: str, key: str) -> Dataset:
         for file in files:
             places.check_file(file)
     try:
-        return load(source, "look at the file", builder, data_files=list(files), split="train")
+        if builder == "json":
+            return places.read_json(files, source)
+        how = _as_text(files[0]) if builder == "csv" else {}
+        return load(
+            source, "look at the file", builder, data_files=list(files), split="train", **how
+        )
     except UserError:
         if builder == "json":
             for file in files:
                 places.blame(file)
-        if kinds[0] != ".jsonl":
+        if builder != "json":
             raise
     return places.read_lines(files)
+
+
+def _as_text(file: str) -> dict[str, Any]:
+    """Return how to read CSV so that a cell is what stands there, and an empty one is null.
+
+    A type that is guessed for a column would write its cells anew, `01234` as `1234`.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            columns = next(filter(None, csv.reader(lines)), [])
+    except (UnicodeDecodeError, csv.Error):
+        return {}  # the reader says what is wrong
+    texts = Features({column: Value("string") for column in columns})
+    return {"features": texts, "keep_default_na": False, "na_values": [""]}
 
 
 def _read_hub(config: DataConfig) -> Dataset:
