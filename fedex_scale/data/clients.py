@@ -73,9 +73,9 @@ def read_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
         report["chat_template"] = template_of(config.data.chat_template, tokenizer)
     held_out = {name: examples.select(part) for name, part in zip(names, held, strict=True) if part}
     if isinstance(config.data.holdout, str) and config.data.holdout != "auto":
-        apart = _encode(
-            read_held_out(config.data.holdout, pools[0], config.data), config, tokenizer
-        )
+        files = [file for pool in pools for file in pool.files]
+        held_pool = read_held_out(config.data.holdout, pools[0], config.data, files)
+        apart = _encode(held_pool, config, tokenizer)
         held_out = {Path(config.data.holdout).name: apart}
         left_out.append(_told_of_rows("data.holdout", apart, config))
         report["held_out"] = {**count_rows(apart), "sha256": digest_of(apart)}

@@ -41,14 +41,14 @@ BOOTSTRAPS = 1000  # for standard errors that have no formula; a mean's has one
 
 def check_tasks(section: EvaluationSection) -> None:
     """Raise a UserError for an unknown task or missing data, before anything is generated."""
-    if not section.tasks:
-        return
-    _check_files(section)
     if section.include_path is not None and not Path(section.include_path).is_dir():
         raise UserError(
             f"evaluation.include_path: expected a directory with tasks, found none at "
             f"{named(section.include_path)}; correct the path"
         )
+    if not section.tasks:
+        return
+    _check_files(section)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(section)
     for name in section.tasks:

@@ -178,8 +178,10 @@ def test_an_answer_of_weight_0_is_not_trained(small: PreTrainedTokenizerBase):
     turns = [user("a"), {**assistant("sat"), "weight": 0}, user("b"), assistant("12")]
     assert trained_text([{"messages": turns}], small, CHAT) == ["12<|im_end|>"]
     none = {"messages": turns[:2]}
-    examples = encode([none, {"messages": turns}], CHAT, small, max_length=512)
-    assert examples.num_dropped == 1
+    with pytest.raises(
+        UserError, match="row 1: expected an answer to train on, got ones of weight"
+    ):
+        encode([none], CHAT, small, max_length=512)
 
 
 def test_templates_that_come_along_suit_a_model_without_one(small: PreTrainedTokenizerBase):

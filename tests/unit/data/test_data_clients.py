@@ -328,3 +328,30 @@ def test_keys_that_come_late_in_a_large_file(tmp_path: Path):
     clients = read("data.holdout=0", data={"path": path, "chat_template": "zephyr"})
     assert clients.report["rows"] == 121
     assert np.unique(np.concatenate([part.lengths for part in clients.train])).size == 1
+
+
+def test_a_held_out_file_that_is_trained_is_refused_by_name(tmp_path: Path):
+    one, two = (write(tmp_path / f"{name}.jsonl", pairs(4)) for name in "ab")
+    sites = {"kind": "sites", "files": [str(tmp_path / "*.jsonl")]}
+    for sections in ({"data": {"path": one}}, {"partition": sites}):
+        with pytest.raises(UserError, match=r"data.holdout: expected a file that .*a.jsonl"):
+            read(f"data.holdout={one}", **sections)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.jsonl").symlink_to(two)
+    with pytest.raises(UserError, match=r"b.jsonl is of two sites, b and c; give it to one"):
+        read(partition={"kind": "sites", "files": [two, str(tmp_path / "c")]})
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (0.5, r"line 2: turn 2: expected a weight of 0 or 1, got 0.5"),
+        (0, "line 2: .* weight 0 only"),
+    ],
+)
+def test_weights_of_answers(weight: float, message: str, tmp_path: Path):
+    user, answer = RECOGNISED["chat"]["messages"]
+    rows = [[user, answer], [user, answer | {"weight": weight}]]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns} for turns in rows])
+    with pytest.raises(UserError, match=message):
+        read(data={"path": path, "chat_template": "zephyr"})
