@@ -139,7 +139,7 @@ def read_json(files: Sequence[str], source: str) -> Dataset:
     known = {"files": list(files), "stamps": stamps}
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come as exceptions, too
     try:
-        rows = Dataset.from_generator(_rows_of, gen_kwargs=known)
+        rows = Dataset.from_generator(_like_rows_of, gen_kwargs=known)
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__
@@ -148,6 +148,25 @@ def read_json(files: Sequence[str], source: str) -> Dataset:
     if not len(rows):
         raise UserError(f"{source}: expected at least one row, got none; name other data")
     return rows
+
+
+def _like_rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows while each has the columns of the first, and their types.
+
+    Those of the first thousand rows are the table's: later others would be left out, or rewritten.
+    """
+    types: dict[str, type] | None = None
+    for row in _rows_of(files, stamps):
+        if types is None:
+            types = dict.fromkeys(row, type(None))
+        if row.keys() != types.keys():
+            raise ValueError("rows of several columns")
+        for key, value in row.items():
+            if value is not None and types.setdefault(key, type(value)) is not type(value):
+                if types[key] is not type(None):
+                    raise ValueError("a column of several types")
+                types[key] = type(value)
+        yield row
 
 
 def _rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:

@@ -205,3 +205,11 @@ def test_half_a_character_is_told_with_its_line(tmp_path: Path, cell: object):
     path = write([*ROWS, ROWS[0] | {"response": cell}], tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match=r"rows.jsonl: line 11: expected characters, got half"):
         load_rows(DataConfig(path=path), 0)
+
+
+def test_a_column_that_comes_late_is_kept_and_a_number_that_does_is_told(tmp_path: Path):
+    rows = [*ROWS * 150, ROWS[0] | {"tools": "[]"}]
+    assert load_rows(DataConfig(path=write(rows, tmp_path / "a.jsonl")), 0)[-1] == rows[-1]
+    rows = [*ROWS * 150, ROWS[0] | {"response": 1e3}]
+    with pytest.raises(UserError, match=r"b.jsonl: line 1501: expected response to be as in"):
+        load_rows(DataConfig(path=write(rows, tmp_path / "b.jsonl")), 0)
