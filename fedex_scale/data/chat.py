@@ -1,8 +1,8 @@
 """Chats: a row's turns, the template that makes them one text, and which tokens are trained.
 
-Trained are the assistant's words and the token that ends its turn. They are found without marks in
-the template: an assistant's turn begins where the text of the turns before it, with the template's
-own generation prompt, ends, so that training goes on from what a server asks with.
+Trained are the assistant's words and what the template ends its turn with. They are found without
+marks in the template: an assistant's turn begins where the text of the turns before it, with the
+template's own generation prompt, ends, so that training goes on from what a server asks with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,35 +122,44 @@ class ChatEncoder:
         """
         text = self._render(turns, tools)
         self._check_tools(text, turns, tools)
-        tokens, trained = self._marks.tokens(text, list(self._spans(text, turns, tools)))
-        answered = turns[-1]["role"] == "assistant" and any(trained)
-        if answered and not self._marks.ends_turn(tokens, trained):
-            return [*tokens, self._tokenizer.eos_token_id], [*trained, True]
+        spans = list(self._spans(text, turns, tools))
+        tokens, trained = self._marks.tokens(text, [(begin, end) for begin, _, end in spans])
+        answered = turns[-1]["role"] == "assistant" and turns[-1].get("weight") != 0
+        if answered and any(trained):
+            last = max(i for i, own in enumerate(trained) if own)
+            _, words_end, end = spans[-1]
+            if not self._marks.ends_turn(text[words_end:end], tokens[last]):
+                tokens = [*tokens[: last + 1], self._tokenizer.eos_token_id]
+                trained = [*trained[: last + 1], True]
         return tokens, trained
 
     def _render(self, turns: Turns, tools: Tools | None, *, ask: bool = False) -> str:
         return render(turns, self._template, self._tokenizer, ask=ask, tools=tools)
 
-    def _spans(self, text: str, turns: Turns, tools: Tools | None) -> Iterator[tuple[int, int]]:
-        """Yield where each assistant's turn begins and ends in the text."""
+    def _spans(
+        self, text: str, turns: Turns, tools: Tools | None
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield where each trained turn begins, its words end, and what it ends with ends."""
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant" or turn.get("weight") == 0:
                 continue
             asked = self._render(turns[:number], tools, ask=True)
             words = turn["content"].strip()
             at = text.find(words, len(asked)) if text.startswith(asked) else -1
-            end = self._marks.end_of_turn(text, at + len(words))
-            if turn.get("tool_calls"):  # in the template's words, up to where later turns begin
-                upto = self._render(turns[: number + 1], tools).rstrip()
-                shown = text.startswith(upto) and len(upto) > max(len(asked), at + len(words))
-                at, end = (at, len(upto)) if shown else (-1, -1)
+            words_end = at + len(words)
+            end = self._marks.end_of_turn(text, words_end)
+            if turn.get("tool_calls") or end == words_end:  # what the template writes by itself
+                upto = self._render(turns[: number + 1], tools)
+                end = _end_of_both(text, upto, words_end)
+                if turn.get("tool_calls") and not len(asked) < len(upto.rstrip()) == end:
+                    at = -1
             if at < 0 or not self._marks.only_marks(text[len(asked) : at]):
                 raise UserError(
                     f"the chat template does not show turn {number + 1} after its own generation "
                     "prompt and as it is written, so that its tokens cannot be told; set "
                     "data.chat_template"
                 )
-            yield len(asked), end
+            yield len(asked), words_end, end
 
     def _check_tools(self, text: str, turns: Turns, tools: Tools | None) -> None:
         """Raise a UserError for tools, calls and results of which the template takes no notice."""
@@ -173,6 +183,16 @@ class ChatEncoder:
             f"the chat template does not show {what}; set data.chat_template to one that knows "
             "tools, or take the row out"
         )
+
+
+def _end_of_both(text: str, upto: str, at: int) -> int:
+    """Return where the words end that follow `at` in both texts, which agree up to there."""
+    if text.startswith(upto[:at]):
+        for word in re.compile(r"\s*\S+").finditer(upto, at):
+            if not text.startswith(word[0], at):
+                break
+            at = word.end()
+    return at
 
 
 def _renamed(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,24 +228,36 @@ class _Marks:
         found = self._end.match(text, at)
         return found.end() if found else at
 
-    def ends_turn(self, tokens: Sequence[int], trained: Sequence[bool]) -> bool:
-        """Tell whether the last trained token ends a turn."""
-        return tokens[max(i for i, own in enumerate(trained) if own)] in self._ends
+    def ends_turn(self, written: str, last: int) -> bool:
+        """Tell whether a token ends the turn.
+
+        Args:
+            written: what the template writes after the turn's words.
+            last: the last trained token.
+        """
+        return last in self._ends or (bool(written.strip()) and self.only_marks(written))
 
     def tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Return a text's tokens, and which stand in one of the spans.
 
-        Where a token would reach over the begin of a span, what stands before and after is
-        tokenized apart: a model goes on from the tokens that it is asked with.
+        Where a token would reach over the begin of a span, as over a space that the template asks
+        with, what stands before and after is tokenized apart: a model goes on from the tokens that
+        it is asked with. A server that tokenizes the answer anew, for the next one, joins them.
         """
         marks = [0, *(found.start() for found in self._any.finditer(text))]
-        begins = [begin for begin, _ in spans]
-        ids, starts, _ = self._pieces(text, [])
-        firsts = [self._first(text, ids, starts, marks, begin) for begin in begins]
-        if None in firsts:
-            ids, starts, firsts = self._pieces(text, begins)
+        cuts: list[int] = []
+        while True:
+            ids, starts, after = self._pieces(text, cuts)
+            firsts = {
+                begin: after.get(begin) or self._first(text, ids, starts, marks, begin)
+                for begin, _ in spans
+            }
+            over = [begin for begin, first in firsts.items() if first is None]
+            if not over:
+                break
+            cuts, marks = sorted([*cuts, *over]), sorted([*marks, *over])
         trained = [False] * len(ids)
-        for (_, end), first in zip(spans, firsts, strict=True):
+        for (_, end), first in zip(spans, firsts.values(), strict=True):
             last = bisect_left(starts, end)
             trained[first:last] = [True] * (last - first)
         trained[0] = False  # nothing tells the first token
@@ -250,17 +282,19 @@ class _Marks:
             self._known[text] = found
         return self._known[text]
 
-    def _pieces(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    def _pieces(
+        self, text: str, cuts: Sequence[int]
+    ) -> tuple[list[int], list[int], dict[int, int]]:
         """Return the tokens of the pieces between the cuts, where in the text each token begins,
         and which token is the first after each cut."""
         ids: list[int] = []
         starts: list[int] = []
-        firsts = []
-        for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        firsts: dict[int, int] = {}
+        for begin, end in pairwise([0, *cuts, len(text)]):
             piece = self._tokenizer(
                 text[begin:end], add_special_tokens=False, return_offsets_mapping=True
             )
-            firsts.append(len(ids))
+            firsts[begin] = len(ids)
             ids += piece["input_ids"]
             starts += [begin + start for start, _ in piece["offset_mapping"]]
-        return ids, starts, firsts[1:]
+        return ids, starts, firsts

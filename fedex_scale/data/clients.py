@@ -19,7 +19,7 @@ from fedex_scale.config.words import named
 from fedex_scale.data.batching import Examples, concatenate
 from fedex_scale.data.chat import template_of
 from fedex_scale.data.encode import NothingLeft, encode
-from fedex_scale.data.holdout import hold_out
+from fedex_scale.data.holdout import AUTO_SHARE, by_default, hold_out
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import schema_of
 from fedex_scale.data.sources import Pool, load_pool, load_sites, read_held_out
@@ -73,9 +73,9 @@ def read_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
         report["chat_template"] = template_of(config.data.chat_template, tokenizer)
     held_out = {name: examples.select(part) for name, part in zip(names, held, strict=True) if part}
     if isinstance(config.data.holdout, str) and config.data.holdout != "auto":
-        apart = _encode(
-            read_held_out(config.data.holdout, pools[0], config.data), config, tokenizer
-        )
+        files = [file for pool in pools for file in pool.files]
+        held_pool = read_held_out(config.data.holdout, pools[0], config.data, files)
+        apart = _encode(held_pool, config, tokenizer)
         held_out = {Path(config.data.holdout).name: apart}
         left_out.append(_told_of_rows("data.holdout", apart, config))
         report["held_out"] = {**count_rows(apart), "sha256": digest_of(apart)}
@@ -89,7 +89,7 @@ def read_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
         names=names,
         schema=pools[0].schema,
         report=report,
-        notes=[note for note in (*told, _told_of_held_out(held_out, config)) if note],
+        notes=[note for note in (*told, _told_of_held_out(held_out, sizes, config)) if note],
     )
 
 
@@ -217,11 +217,22 @@ def _dealt_out(pools: Sequence[Pool], sizes: Mapping[str, int], config: Config) 
     )
 
 
-def _told_of_held_out(held_out: Mapping[str, Examples], config: Config) -> str | None:
+def _told_of_held_out(
+    held_out: Mapping[str, Examples], sizes: Mapping[str, int], config: Config
+) -> str | None:
     number = sum(map(len, held_out.values()))
-    if not number:
+    if number:
+        return (
+            f"held out: {number} examples are not trained; their loss is told "
+            f"(data.holdout={config.data.holdout}; 0 trains on all)"
+        )
+    if not by_default(config):
         return None
+    steps = config.train.max_steps
+    got = f"the largest has {max(sizes.values())}" + (
+        f" and a round {steps * config.train.batch_size}" if steps is not None else ""
+    )
     return (
-        f"held out: {number} examples are not trained; their loss is told "
-        f"(data.holdout={config.data.holdout}; 0 trains on all)"
+        f"held out: none, as that takes a client of {AUTO_SHARE} examples a round, and {got}; set "
+        "data.holdout=0.1, or to a file of such rows, to be told their loss"
     )

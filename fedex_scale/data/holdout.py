@@ -37,10 +37,15 @@ def hold_out(
     return trained, held
 
 
+def by_default(config: Config) -> bool:
+    """Tell whether rows are held out where the clients have enough of them."""
+    return config.data.holdout == "auto" and not config.evaluation.tasks
+
+
 def _count(num_examples: int, name: str, config: Config) -> int:
     share, train = config.data.holdout, config.train
     if isinstance(share, str):
-        if share != "auto" or config.evaluation.tasks:
+        if not by_default(config):
             return 0
         in_a_round = num_examples * train.local_epochs
         if train.max_steps is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from fedex_scale.config.words import named, shown
 from fedex_scale.runtime.errors import UserError
@@ -121,18 +123,80 @@ def blame(file: str) -> None:
             )
 
 
+def read_json(files: Sequence[str], source: str) -> Dataset:
+    """Return the rows of JSON, or JSON lines, with its texts as they stand there.
+
+    The reader of `datasets` takes a text that looks like a date for one, and writes it anew.
+
+    Raises:
+        UserError: the rows cannot be read, or are of several forms.
+    """
+    stats = [Path(file).stat() for file in files]
+    # What is cached is known by these: a changed file is read anew.
+    stamps = [
+        (str(Path(file).resolve()), x.st_size, x.st_mtime_ns)
+        for file, x in zip(files, stats, strict=True)
+    ]
+    known = {"files": list(files), "stamps": stamps}
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come as exceptions, too
+    try:
+        rows = Dataset.from_generator(_like_rows_of, gen_kwargs=known)
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data: cannot load {source} ({why}); look at the file") from None
+    if not len(rows):
+        raise UserError(f"{source}: expected at least one row, got none; name other data")
+    return rows
+
+
+def _like_rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows while each has the columns of the first, and their types.
+
+    Those of the first thousand rows are the table's: later others would be left out, or rewritten.
+    """
+    types: dict[str, type] | None = None
+    for row in _rows_of(files, stamps):
+        if types is None:
+            types = dict.fromkeys(row, type(None))
+        if row.keys() != types.keys():
+            raise ValueError("rows of several columns")
+        for key, value in row.items():
+            if value is not None and types.setdefault(key, type(value)) is not type(value):
+                if types[key] is not type(None):
+                    raise ValueError("a column of several types")
+                types[key] = type(value)
+        yield row
+
+
+def _rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        if Path(file).suffix == ".json":
+            try:
+                whole = json.loads(Path(file).read_bytes())
+                yield from whole if isinstance(whole, list) else [whole]
+                continue
+            except json.JSONDecodeError as error:
+                if not error.msg.startswith("Extra data"):
+                    raise
+        yield from (json.loads(raw) for _, raw in _lines(file))
+
+
 def read_lines(files: Sequence[str]) -> Dataset:
-    """Return the rows of JSON lines that `blame` found nothing wrong with, one after another.
+    """Return the rows of JSON that `blame` found nothing wrong with, one after another.
 
     For rows of which some have keys that others lack, within a turn too: `datasets` may refuse
     them, as it decides on the first ones.
 
     Raises:
-        UserError: a column holds values of several types.
+        UserError: a column holds values of several types, or what is half a character.
     """
-    rows = [json.loads(raw) for file in files for _, raw in _lines(file)]
+    rows = list(_rows_of(files, ()))
     if not rows:
         raise UserError(f"{named(files[0])}: expected at least one row, got none; name other data")
+    for index, row in enumerate(rows):
+        _check_row(row, files, index)
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [_flat(row.get(key), key) for row in rows] for key in keys}
     for name, values in columns.items():
@@ -146,6 +210,35 @@ def read_lines(files: Sequence[str]) -> Dataset:
                 f"({shown(first)}), got {shown(values[odd])}; bring all rows to one form"
             ) from None
     return Dataset.from_dict(columns)
+
+
+def csv_as_text(file: str) -> dict[str, Any]:
+    """Return how `datasets` reads CSV so that a cell is what stands there, and an empty one null.
+
+    A type that is guessed for a column would write its cells anew, `01234` as `1234`.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            columns = next(filter(None, csv.reader(lines)), [])
+    except (UnicodeDecodeError, csv.Error):
+        return {}  # the reader says what is wrong
+    texts = Features({column: Value("string") for column in columns})
+    return {"features": texts, "keep_default_na": False, "na_values": [""]}
+
+
+def _check_row(row: Any, files: Sequence[str], index: int) -> None:
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{place_of(files, index)}: expected a row with named columns, got {shown(row)}; "
+            "correct it"
+        )
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(
+            f"{place_of(files, index)}: expected characters, got half of one ({half}); correct it"
+        ) from None
 
 
 def _flat(value: Any, column: str) -> Any:

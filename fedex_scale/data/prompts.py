@@ -183,4 +183,9 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise UserError(
             f"expected text in {column}, got {shown(value)}; chats go in a column {CHAT_COLUMNS[0]}"
         )
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise UserError(
+            f"expected text in {column}, got {shown(value)}, which has several spellings; put it "
+            "in quotes"
+        )
     return "" if value is None else str(value)

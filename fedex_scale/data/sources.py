@@ -106,8 +106,15 @@ def load_sites(config: DataConfig, partition: PartitionConfig) -> list[Pool]:
     sites = find_sites(partition.files)
     _check_sites(sites, partition)
     pools: list[Pool] = []
+    owners: dict[str, str] = {}
     for site in sites:
         files = site.files()
+        for file in map(os.path.realpath, files):
+            if owners.setdefault(file, site.name) != site.name:
+                raise UserError(
+                    f"partition.files: {named(file)} is of two sites, {named(owners[file])} and "
+                    f"{named(site.name)}; give it to one"
+                )
         if not files:
             raise UserError(
                 f"partition.files: {named(site.path)}: expected a {', '.join(SUFFIXES)} file in "
@@ -124,9 +131,23 @@ def load_sites(config: DataConfig, partition: PartitionConfig) -> list[Pool]:
     return pools
 
 
-def read_held_out(file: str, like: Pool, config: DataConfig) -> Pool:
-    """Return the rows of a file of their own, of the schema of the training rows."""
+def read_held_out(file: str, like: Pool, config: DataConfig, trained: Sequence[str]) -> Pool:
+    """Return the rows of a file of their own, of the schema of the training rows.
+
+    Args:
+        trained: the files of the training rows.
+
+    Raises:
+        UserError: as `load_pool`; one of the files is trained.
+    """
     files = _found(file, "data.holdout")
+    own = set(map(os.path.realpath, files))
+    for path in trained:
+        if os.path.realpath(path) in own:
+            raise UserError(
+                f"data.holdout: expected a file that nobody trains on, got {named(path)}, which is "
+                "among the training files; take it out of data.path or partition.files"
+            )
     rows = _read_files(files, file, "data.holdout")
     return _checked(file, tuple(files), rows, config, schema=like.schema)
 
@@ -224,18 +245,18 @@ def _read_files(files: Sequence[str], source: str, key: str) -> Dataset:
         )
     if not any(map(os.path.getsize, files)):
         raise UserError(f"{named(source)}: expected at least one row, got none; name other data")
-    builder = {".jsonl": "json"}.get(kinds[0], kinds[0][1:])
-    if builder == "json":
-        for file in files:
-            places.check_file(file)
+    if kinds[0] not in (".json", ".jsonl"):
+        how = places.csv_as_text(files[0]) if kinds[0] == ".csv" else {}
+        return load(
+            source, "look at the file", kinds[0][1:], data_files=list(files), split="train", **how
+        )
+    for file in files:
+        places.check_file(file)
     try:
-        return load(source, "look at the file", builder, data_files=list(files), split="train")
+        return places.read_json(files, source)
     except UserError:
-        if builder == "json":
-            for file in files:
-                places.blame(file)
-        if kinds[0] != ".jsonl":
-            raise
+        for file in files:
+            places.blame(file)
     return places.read_lines(files)
 
 

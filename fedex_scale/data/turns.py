@@ -75,7 +75,12 @@ def _turn(turn: Any, number: int) -> dict[str, Any]:
             raise UserError(f"{where}: expected them in a turn of the assistant, got {role}")
         plain |= {"content": plain["content"] or "", "tool_calls": calls}
     _check_content(plain["content"], f"turn {number}", keys[1], may_be_empty=bool(calls))
-    if turn.get("weight") == 0:
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1) or isinstance(weight, bool):
+        raise UserError(
+            f"turn {number}: expected a weight of 0 or 1, got {shown(weight)}; correct it"
+        )
+    if weight == 0:
         plain["weight"] = 0
     also = ("name", "tool_call_id") if plain["role"] == "tool" else ()
     return plain | {key: turn[key] for key in also if isinstance(turn.get(key), str)}
@@ -157,3 +162,7 @@ def _check_order(turns: Turns) -> None:
         before = role
     if not any(turn["role"] == "assistant" for turn in turns):
         raise UserError("expected a turn of the assistant, got none; take the row out")
+    if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
+        raise UserError(
+            "expected an answer to train on, got ones of weight 0 only; take the row out"
+        )

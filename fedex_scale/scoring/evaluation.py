@@ -45,14 +45,14 @@ def check_tasks(section: EvaluationSection, positions: int | None = None) -> Non
     Args:
         positions: that the model has, and a task's answers must leave some of.
     """
-    if not section.tasks:
-        return
-    _check_files(section)
     if section.include_path is not None and not Path(section.include_path).is_dir():
         raise UserError(
             f"evaluation.include_path: expected a directory with tasks, found none at "
             f"{named(section.include_path)}; correct the path"
         )
+    if not section.tasks:
+        return
+    _check_files(section)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(section)
     for name in section.tasks:

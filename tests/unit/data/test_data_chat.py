@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
 import chat_templates as published
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fedex_scale.config.learning import DataConfig
@@ -166,6 +167,49 @@ def test_a_template_without_an_end_token_gets_one(small: PreTrainedTokenizerBase
     )
 
 
+def trained_of(chats: ChatEncoder, turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what is trained, and a bar for each run of other tokens."""
+    pieces = groupby(zip(*chats.encode(turns), strict=True), key=lambda pair: pair[1])
+    return "".join(tokenizer.decode([t for t, _ in run]) if own else "|" for own, run in pieces)
+
+
+@pytest.mark.parametrize("ends_as", ["text", "token"])
+def test_the_end_that_a_template_writes_is_trained_whatever_its_tokens(ends_as: str):
+    base = published.byte_level(["<bos>", "<eos>"])
+    if ends_as == "token":
+        base.add_tokens([AddedToken("<|im_end|>", special=False)])
+    turns = [user("the cat"), assistant("sat"), user("a mat"), assistant("12")]
+    eos = "<eos>" if ends_as == "text" else "|"  # no token ends it, so that a server would go on
+    chatml = template_of("chatml", base)
+    trained = trained_of(ChatEncoder(chatml, base), turns, base)
+    assert trained == f"|sat<|im_end|>|12<|im_end|>{eos}"
+    last = "{% if not add_generation_prompt %}<|end of chat|>{% endif %}"
+    trained = trained_of(ChatEncoder(chatml + last, base), turns, base)
+    assert trained.startswith("|sat<|im_end|>|12<|im_end|>")
+
+
+def test_an_end_follows_only_an_answer_that_is_trained(small: PreTrainedTokenizerBase):
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    chats = ChatEncoder(plain + "{% if add_generation_prompt %}assistant: {% endif %}", small)
+    turns = [user("a"), assistant("sat"), user("the cat"), assistant("12")]
+    assert trained_of(chats, turns, small) == "|sat|12<|im_end|>"
+    turns[3]["weight"] = 0
+    assert trained_of(chats, turns, small) == "|sat|"
+
+
+def test_a_token_over_the_begin_of_an_answer_changes_none_before():
+    """Up to there a server's tokens of the prompt are the tokens that are trained."""
+    tokenizer = tokenizer_of("mistral")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    turns = [user("the cat"), assistant("日本"), user("a mat"), assistant("sat")]
+    tokens, _ = ChatEncoder(template, tokenizer).encode(turns)
+    for asked in (turns[:1], turns[:3]):
+        text = render(asked, template, tokenizer, ask=True)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokens[: len(prompt)] == prompt
+
+
 def test_the_users_last_word_is_not_trained(small: PreTrainedTokenizerBase):
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -178,8 +222,10 @@ def test_an_answer_of_weight_0_is_not_trained(small: PreTrainedTokenizerBase):
     turns = [user("a"), {**assistant("sat"), "weight": 0}, user("b"), assistant("12")]
     assert trained_text([{"messages": turns}], small, CHAT) == ["12<|im_end|>"]
     none = {"messages": turns[:2]}
-    examples = encode([none, {"messages": turns}], CHAT, small, max_length=512)
-    assert examples.num_dropped == 1
+    with pytest.raises(
+        UserError, match="row 1: expected an answer to train on, got ones of weight"
+    ):
+        encode([none], CHAT, small, max_length=512)
 
 
 def test_templates_that_come_along_suit_a_model_without_one(small: PreTrainedTokenizerBase):

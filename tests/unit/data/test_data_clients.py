@@ -66,9 +66,9 @@ def test_a_schema_is_recognised_and_told_in_one_line(name: str, tmp_path: Path):
     settings = {"chat_template": "zephyr"} if name == "chat" else {}
     clients = read(data={"path": path, **settings})
     assert clients.schema == clients.report["schema"] == name
-    (note,) = clients.notes
-    assert f"rows.jsonl is {name} (" in note
-    assert not read(data={"path": path, "schema": name, **settings}).notes
+    assert f"rows.jsonl is {name} (" in clients.notes[0]
+    (note,) = read(data={"path": path, "schema": name, **settings}).notes
+    assert note.startswith("held out: none, as that takes a client of 50 examples")
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,17 @@ def test_a_row_of_another_schema_is_told_with_its_line(tmp_path: Path):
 
 def test_a_list_is_no_text(tmp_path: Path):
     turns = RECOGNISED["chat"]["messages"]
-    rows = [*pairs(3), {"prompt": turns[:1], "completion": turns[1:]}]
+    lists = {"prompt": turns[:1], "completion": turns[1:]}
     for settings in (
         {"schema": "prompt_completion"},
         {"schema": "columns", "prompt_column": "prompt", "response_column": "completion"},
     ):
-        data = {"path": write(tmp_path / "rows.jsonl", rows), **settings}
-        with pytest.raises(UserError, match=r"line 4: expected text in completion, got \[{"):
-            read(data=data)
+        for rows, told in (
+            ([lists], r"line 1: expected text in completion, got \[{"),
+            ([*pairs(3), lists], r"line 4: expected prompt to be as in the rows before it"),
+        ):
+            with pytest.raises(UserError, match=told):
+                read(data={"path": write(tmp_path / "rows.jsonl", rows), **settings})
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_a_site_is_a_client_of_its_name(tmp_path: Path):
         (1, "south", 3),
     ]
     assert entries[0]["sha256"] != entries[1]["sha256"]
-    assert clients.notes[-1] == "clients, with their examples: north 5, south 3"
+    assert clients.notes[1] == "clients, with their examples: north 5, south 3"
     merged = read("method.name=centralized", partition=partition)
     assert [len(part) for part in merged.train] == [8]
 
@@ -192,7 +195,7 @@ def test_several_files_that_are_pooled_are_told(tmp_path: Path):
     clients = read(data={"path": f"{tmp_path}/*.jsonl"})
     assert (
         "3 files are pooled, and their rows dealt out anew (partition.kind=iid)"
-        in (clients.notes[-1])
+        in (clients.notes[1])
     )
 
 
@@ -243,19 +246,25 @@ def test_held_out_rows_are_the_clients_own_and_nobody_trains_on_them(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("overrides", "count"),
+    ("overrides", "count", "why"),
     [
-        (("evaluation.tasks=[fedex_gsm8k]",), 0),
-        (("train.max_steps=2", "train.batch_size=25"), 1),
-        (("train.max_steps=1", "train.batch_size=25"), 0),
-        (("partition.num_clients=7",), 0),
+        (("evaluation.tasks=[fedex_gsm8k]",), 0, None),
+        (("train.max_steps=2", "train.batch_size=25"), 1, None),
+        (("train.max_steps=1", "train.batch_size=25"), 0, "a round 25; set data.holdout=0.1"),
+        (("partition.num_clients=7",), 0, "the largest has 43; set data.holdout=0.1"),
     ],
 )
-def test_by_default_few_rows_are_held_out(overrides: tuple, count: int, tmp_path: Path):
+def test_by_default_few_rows_are_held_out(
+    overrides: tuple, count: int, why: str | None, tmp_path: Path
+):
     path = write(tmp_path / "rows.jsonl", pairs(300))
-    held = read(*overrides, data={"path": path}).held_out
+    clients = read(*overrides, data={"path": path})
+    held = clients.held_out
     assert [len(part) for part in held.values()] == [count] * (len(held) if count else 0)
     assert bool(held) == bool(count)
+    told = [note for note in clients.notes if note.startswith("held out: none")]
+    assert (why in told[0]) if why else not told
+    assert not read(*overrides, "data.holdout=0", data={"path": path}).notes[1:]
 
 
 def test_a_file_of_held_out_rows(tmp_path: Path):
@@ -328,3 +337,30 @@ def test_keys_that_come_late_in_a_large_file(tmp_path: Path):
     clients = read("data.holdout=0", data={"path": path, "chat_template": "zephyr"})
     assert clients.report["rows"] == 121
     assert np.unique(np.concatenate([part.lengths for part in clients.train])).size == 1
+
+
+def test_a_held_out_file_that_is_trained_is_refused_by_name(tmp_path: Path):
+    one, two = (write(tmp_path / f"{name}.jsonl", pairs(4)) for name in "ab")
+    sites = {"kind": "sites", "files": [str(tmp_path / "*.jsonl")]}
+    for sections in ({"data": {"path": one}}, {"partition": sites}):
+        with pytest.raises(UserError, match=r"data.holdout: expected a file that .*a.jsonl"):
+            read(f"data.holdout={one}", **sections)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.jsonl").symlink_to(two)
+    with pytest.raises(UserError, match=r"b.jsonl is of two sites, b and c; give it to one"):
+        read(partition={"kind": "sites", "files": [two, str(tmp_path / "c")]})
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (0.5, r"line 2: turn 2: expected a weight of 0 or 1, got 0.5"),
+        (0, "line 2: .* weight 0 only"),
+    ],
+)
+def test_weights_of_answers(weight: float, message: str, tmp_path: Path):
+    user, answer = RECOGNISED["chat"]["messages"]
+    rows = [[user, answer], [user, answer | {"weight": weight}]]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns} for turns in rows])
+    with pytest.raises(UserError, match=message):
+        read(data={"path": path, "chat_template": "zephyr"})

@@ -168,3 +168,48 @@ def test_an_empty_list_is_no_data(tmp_path: Path):
     path = write([], tmp_path / "rows.json")
     with pytest.raises(UserError, match=r"rows\.json"):
         load_rows(DataConfig(path=path), 0)
+
+
+def test_texts_of_json_are_what_stands_in_the_file(tmp_path: Path):
+    texts = ["2003-05-05", "2003-05-05T10:00:00Z", "01234", "1e3", "NA", " x\n"]
+    rows = [
+        {"prompt": text, "completion": "2003-05-05", "turns": [{"content": text}]} for text in texts
+    ]
+    for suffix in (".json", ".jsonl"):
+        read = load_rows(DataConfig(path=write(rows, tmp_path / f"rows{suffix}")), 0)
+        assert read.to_list() == rows
+
+
+def test_a_changed_file_of_json_is_read_anew(tmp_path: Path):
+    for rows in (ROWS, ROWS[:4]):
+        assert len(load_rows(DataConfig(path=write(rows, tmp_path / "rows.jsonl")), 0)) == len(rows)
+
+
+@pytest.mark.parametrize("value", [1.5, True])
+def test_what_json_spells_in_several_ways_is_no_text(value: object):
+    with pytest.raises(UserError, match=r"expected text in completion, got .* in quotes"):
+        schema_of(DataConfig(path="x"), "prompt_completion").texts(
+            {"prompt": "a", "completion": value}
+        )
+
+
+def test_cells_of_csv_are_what_stands_in_the_file(tmp_path: Path):
+    cells = ["01234", "1.50", "1e3", "NA", "None", "null", "nan", "True", ""]
+    rows = [{"prompt": "a", "completion": cell} for cell in cells]
+    read = load_rows(DataConfig(path=write(rows, tmp_path / "rows.csv")), 0)
+    assert read["completion"][:] == [cell or None for cell in cells]
+
+
+@pytest.mark.parametrize("cell", ["\ud800", ["x", {"y\udfff": 1}]])
+def test_half_a_character_is_told_with_its_line(tmp_path: Path, cell: object):
+    path = write([*ROWS, ROWS[0] | {"response": cell}], tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows.jsonl: line 11: expected characters, got half"):
+        load_rows(DataConfig(path=path), 0)
+
+
+def test_a_column_that_comes_late_is_kept_and_a_number_that_does_is_told(tmp_path: Path):
+    rows = [*ROWS * 150, ROWS[0] | {"tools": "[]"}]
+    assert load_rows(DataConfig(path=write(rows, tmp_path / "a.jsonl")), 0)[-1] == rows[-1]
+    rows = [*ROWS * 150, ROWS[0] | {"response": 1e3}]
+    with pytest.raises(UserError, match=r"b.jsonl: line 1501: expected response to be as in"):
+        load_rows(DataConfig(path=write(rows, tmp_path / "b.jsonl")), 0)

@@ -262,3 +262,10 @@ def test_gemma_gets_its_begin_token() -> None:
         model = torch.nn.Module()
         model.config = type("Config", (), {"model_type": kind})
         assert evaluation._wants_bos(model) is wanted
+
+
+def test_a_directory_of_tasks_that_is_not_there_is_refused_also_where_none_is_scored():
+    with pytest.raises(
+        UserError, match="include_path: expected a directory with tasks, found none"
+    ):
+        check_tasks(EvaluationSection(tasks=(), include_path="/nope"))
