@@ -171,9 +171,9 @@ def aggregate(
     from fedex_scale.config.federation import AggregateSection, MethodConfig
 
     job = Job(
-        base=os.fspath(base),
-        out=Path(out),
-        clients=tuple(map(Path, clients)),
+        base=_path(base, "base"),
+        out=Path(_path(out, "out")),
+        clients=tuple(Path(_path(client, "clients")) for client in _listed(clients)),
         weights=None if weights is None else tuple(weights),
         method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
         section=AggregateSection(fold=fold, side_rank=side_rank, robust=robust),
@@ -217,14 +217,18 @@ def aggregate_layer(
     """
     import torch
 
-    from fedex_scale.methods.algebra import Clients, Pair, normalise_weights
+    from fedex_scale.methods.algebra import Clients, normalise_weights
     from fedex_scale.methods.all import METHODS
     from fedex_scale.methods.interface import MethodConfig
 
     config = MethodConfig(**method)
     if not (math.isfinite(scaling) and scaling > 0):
         raise UserError(f"scaling: expected a number above 0, alpha / R, got {scaling}")
-    given = [Pair(A_RI.detach(), B_OR.detach()) for A_RI, B_OR in pairs]
+    if METHODS[config.name].one_client or config.name == "full":
+        raise UserError(f"method.name: {config.name} aggregates no adapters; choose another")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
+    given = [_pair(pair, f"client {k}") for k, pair in enumerate(pairs)]
     if not given:
         raise UserError("pairs: expected at least one client's A and B, got none")
     for k, pair in enumerate(given):
@@ -232,7 +236,7 @@ def aggregate_layer(
     weight_K = normalise_weights([1.0] * len(given) if weights is None else weights)
     if len(weight_K) != len(given):
         raise UserError(f"weights: expected one a client ({len(given)}), got {len(weight_K)}")
-    before = None if previous is None else Pair(*(factor.detach() for factor in previous))
+    before = None if previous is None else _pair(previous, "previous")
     if before is not None:
         _check_pair("previous", before, given[0])
     generator = torch.Generator().manual_seed(seed)
@@ -245,7 +249,7 @@ def evaluate(
     model: PathLike,
     *,
     adapter: PathLike | None = None,
-    suite: Sequence[str] = (),
+    suite: str | Sequence[str] = (),
     limit: int | None = None,
     data_dir: str | None = None,
     num_fewshot: int | None = None,
@@ -280,22 +284,22 @@ def evaluate(
     from fedex_scale.scoring.evaluation import scores
 
     asked = {
-        "tasks": tuple(suite),
+        "tasks": tuple(_listed(suite)),
         "limit": limit,
         "data_dir": data_dir,
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,
-        "include_path": None if include_path is None else os.fspath(include_path),
+        "include_path": None if include_path is None else _path(include_path, "include_path"),
     }
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
-    path = None if adapter is None else Path(adapter)
+    path = None if adapter is None else Path(_path(adapter, "adapter"))
     distributed.join_group(required=False)
     subject = distributed.together(
         lambda: post_hoc.find_subject(
-            os.fspath(model), path, asked, dtype=dtype, trust_remote_code=trust_remote_code
+            _path(model, "model"), path, asked, dtype=dtype, trust_remote_code=trust_remote_code
         )
     )
-    place = Path(out) if out else subject.out
+    place = Path(_path(out, "out")) if out else subject.out
     results = post_hoc.score(subject, place)
     return Scored(scores=scores(results), out=place, results=results, known_as=subject.known_as)
 
@@ -325,7 +329,9 @@ def export(
     """
     from fedex_scale.federation.export import export_run
 
-    return export_run(Path(run), Path(out), rank=rank, merged=merged, dtype=dtype)
+    return export_run(
+        Path(_path(run, "run")), Path(_path(out, "out")), rank=rank, merged=merged, dtype=dtype
+    )
 
 
 def plan(
@@ -363,6 +369,18 @@ def plan(
     return make_plan(settings, describe_machine(gpus, gpu_memory, host_memory, nvme, tflops))
 
 
+def _listed(given: Any) -> Any:
+    """Take one for a list of one."""
+    return [given] if isinstance(given, str | os.PathLike) else given
+
+
+def _path(given: Any, name: str) -> str:
+    """Return a path, or a hub id, as text."""
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"{name}: expected a path, got {given!r}; give one")
+    return os.fspath(given)
+
+
 def _begins(config: Config) -> str:
     """Return the first line of a run, which is told before anything is loaded."""
     rounds = config.federation.rounds
@@ -370,6 +388,21 @@ def _begins(config: Config) -> str:
         f"{config.run.path}: {config.method.name}, {rounds} round{'s' * (rounds > 1)}, on "
         f"{config.model.path}; loading"
     )
+
+
+def _pair(given: Any, name: str) -> Pair:
+    """Return a pair without its history; of 8 bits in float32, as torch computes with no others."""
+    import torch
+
+    from fedex_scale.methods.algebra import Pair
+
+    factors = tuple(given)
+    if len(factors) != 2 or not all(isinstance(x, torch.Tensor) for x in factors):
+        raise UserError(f"{name}: expected two tensors, A and B, got {type(given).__name__}")
+    if not all(x.is_floating_point() for x in factors):
+        raise UserError(f"{name}: expected tensors of a float dtype, got {factors[0].dtype}")
+    A_RI, B_OR = (x.detach().float() if x.itemsize == 1 else x.detach() for x in factors)
+    return Pair(A_RI, B_OR)
 
 
 def _check_pair(name: str, pair: Pair, like: Pair) -> None:

@@ -106,7 +106,12 @@ def show_settings(
         )
     if check is not None:
         load_config(check, overrides or [])
-        typer.echo(one_line(f"{check}: every setting can be used"))
+        typer.echo(
+            one_line(
+                f"{check}: no mistake in its settings; fedex-scale doctor looks at the machine, "
+                "and fedex-scale data at the rows"
+            )
+        )
     else:
         typer.echo(describe.explain(explain) if explain else describe.template(), nl=bool(explain))
 
@@ -261,6 +266,8 @@ def export(
     done = api.export(run, out, rank=rank, merged=merged, dtype=dtype)
     what = "merged model" if merged else f"adapter of rank {done.rank} for the untouched base"
     line = f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}"
+    if merged and dtype != "float32" and done.error > 0.01:
+        line += ", as the base's numbers round what was trained; --dtype float32 keeps it"
     typer.echo(one_line(line))
 
 

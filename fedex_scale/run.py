@@ -262,7 +262,8 @@ def _run(
         if trackers.keep_files:  # on rank 0 alone
             with tempfile.TemporaryDirectory() as scratch:
                 trackers.keep(page.write_report([run.path], Path(scratch)))
-        monitor.close({"run": run.path, **written})
+        answers = {"answers": run.path / asked.PAGE} if config.evaluation.generate else {}
+        monitor.close({"run": run.path, **written, **answers})
         if "adapter" in written and not (config.task.has_head or config.model.random):
             for line in serving.next_steps(config, run, written):
                 monitor.say(line)

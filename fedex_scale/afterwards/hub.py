@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from fedex_scale.files.adapters import Adapter
@@ -31,7 +32,8 @@ def push(run: RunDir, hub_id: str, *, base: str | None = None, private: bool = F
 
     Raises:
         UserError: an adapter that needs a changed base, a base that nobody else has, no token, or
-            what the hub answers; nothing is changed there.
+            what the hub answers; nothing is changed there, unless it took the name and not the
+            files.
     """
     adapter = _adapter(run)
     config = Adapter(adapter).config
@@ -56,9 +58,9 @@ def push(run: RunDir, hub_id: str, *, base: str | None = None, private: bool = F
             done = api.create_commit(
                 hub_id, operations, commit_message=f"fedex_scale: {run.path.resolve().name}"
             )
-        except HfHubHTTPError as error:
-            raise UserError(f"push: the hub refuses {hub_id}: {_reason(error)}") from None
-        except Exception as error:  # of the network, in the words of whatever sends
+        except Exception as error:  # also of the network, in the words of whatever sends
+            if getattr(error, "response", None) is not None:
+                raise UserError(f"push: the hub refuses {hub_id}: {_reason(error)}") from None
             raise UserError(
                 f"push: the hub does not answer ({error!s:.200}); check the network, HF_ENDPOINT "
                 "and HF_HUB_OFFLINE, and try again"
@@ -98,10 +100,10 @@ def _is_id(text: str) -> bool:
     return text.count("/") == 1
 
 
-def _reason(error: HfHubHTTPError) -> str:
-    """Return what the hub says, and what to do about it."""
-    code = error.response.status_code if error.response is not None else 0
-    told = (error.server_message or str(error)).strip().splitlines()[0][:200]
+def _reason(error: Any) -> str:
+    """Return what the hub says in an answer that is an error, and what to do about it."""
+    code = error.response.status_code
+    told = (getattr(error, "server_message", None) or str(error)).strip().splitlines()[0][:200]
     remedy = {
         401: "log in once more (hf auth login)",
         403: "use a token that may write there",

@@ -1,1 +1,1 @@
-"""Every setting of a run as data: read, checked, described; nothing else of the project."""
+"""Every setting of a run as data: read, checked, described; no torch."""

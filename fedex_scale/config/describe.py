@@ -87,6 +87,13 @@ def page() -> str:
 def schema() -> str:
     """Return the JSON schema of a run's YAML."""
     tree = Config.model_json_schema(schema_generator=_Untitled)
+    for section in tree["$defs"].values():
+        for key in section["properties"].values():
+            if {"type": "null"} in key.get("anyOf", ()):
+                key["anyOf"].append({"const": "none"})  # null, in the words of the descriptions
+    for name, section in tree["properties"].items():  # one without keys is as one left out
+        tree["properties"][name] = {"anyOf": [section, {"type": "null"}]}
+    tree["required"].remove("data")  # as partition.files may stand in its place
     head = {"$schema": GenerateJsonSchema.schema_dialect, "title": "A run of fedex_scale"}
     return json.dumps(tree | head, indent=2) + "\n"
 

@@ -37,7 +37,7 @@ class PartitionConfig(Section, title="partition"):
     files: str | Names = ()
     """For sites: the clients' files or directories, or globs of them; each client has the name of
     its own. They stand in place of data.path."""
-    num_clients: Count = 3
+    num_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 3
     """Clients that the rows are split over; of sites as many as `files` has."""
     column: str | None = None
     """For dirichlet kinds and natural, such as type; also counted per client in partition.json."""
@@ -56,6 +56,12 @@ class PartitionConfig(Section, title="partition"):
             return values | {"num_clients": len(sites)}
         return values
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is known how many clients there are, before rows are read."""
+        known = "num_clients" in self.model_fields_set
+        return {"sites": known, "natural": False}.get(self.kind, True)
+
     def problems(self) -> Iterator[str]:
         if bool(self.files) != (self.kind == "sites"):
             yield (
@@ -71,7 +77,7 @@ class PartitionConfig(Section, title="partition"):
 class FederationSection(Section, title="federation"):
     """The rounds, and who takes part in them."""
 
-    rounds: Count = 1
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Rounds of train-and-aggregate."""
     client_fraction: Number = Field(1.0, gt=0, le=1)
     """Share of the clients that train in a round, drawn anew each round (at least one)."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedex_scale.config.section import AsTuple, Count, Number, Positive, Section, Share
+from fedex_scale.config.section import MOST, AsTuple, Count, Number, Positive, Section, Share
 from fedex_scale.config.shipped import locate
 from fedex_scale.config.words import named, shown
 from fedex_scale.runtime.errors import UserError
@@ -64,9 +64,9 @@ class ModelSection(Section, title="model"):
 class LoraSection(Section, title="lora"):
     """The adapter that every client trains."""
 
-    rank: Count = 32
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 32
     """R, the rank of every adapted layer."""
-    alpha: Positive = 16.0
+    alpha: Number = Field(16.0, ge=1e-12, le=MOST)
     """The update is applied times alpha / rank."""
     dropout: Number = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
@@ -169,9 +169,9 @@ class TrainSection(Section, title="train"):
     """From the peak to 0 over the client's steps, after the warmup."""
     warmup_ratio: Number = Field(0.02, ge=0, lt=1)
     """Share of a client's steps in which the learning rate rises from 0."""
-    weight_decay: Number = Field(0.0, ge=0)
+    weight_decay: Number = Field(0.0, ge=0, le=MOST)
     """AdamW's decoupled weight decay; SGD's plain one."""
-    max_grad_norm: Number = Field(1.0, ge=0, allow_inf_nan=True)
+    max_grad_norm: Number = Field(1.0, ge=0, le=MOST)
     """Gradients are clipped to this norm; 0 for never."""
     optimizer: Optimizer = "adamw"
     """adamw; bitsandbytes' 8-bit ones, which hold moments in a quarter of the memory; sgd: plain,

@@ -13,7 +13,7 @@ from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.config.shipped import locate
 from fedex_scale.config.words import named, shown
-from fedex_scale.config.yamlfile import MAX_DEPTH, parse_yaml, read_yaml
+from fedex_scale.config.yamlfile import MAX_DEPTH, Refused, parse_yaml, read_yaml
 from fedex_scale.runtime.errors import UserError
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Config
@@ -39,7 +39,7 @@ def load_config(
         for name, value in overrides.items():
             _set(tree, str(name), deepcopy(value), name)
     else:
-        for override in overrides or ():
+        for override in [overrides] if isinstance(overrides, str) else overrides or ():
             _apply_override(tree, override)
     return Config(**{str(name): _section(value) for name, value in tree.items()})
 
@@ -49,7 +49,11 @@ def _tree(source: Source) -> dict:
     if isinstance(source, Config):
         return to_dict(source)
     if isinstance(source, Mapping):
-        return deepcopy(dict(source))
+        return {k: deepcopy(dict(v) if isinstance(v, Mapping) else v) for k, v in source.items()}
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"config: expected a path, a recipe's name or a mapping, got {shown(source)}; name one"
+        )
     path = locate("recipes", source, "--config")
     tree = read_yaml(path)
     if not isinstance(tree, dict | None):
@@ -72,7 +76,9 @@ def _apply_override(tree: dict, override: str) -> None:
         raise UserError(f"override: expected section.key=value, got {shown(override)}")
     try:
         value = parse_yaml(text)
-    except yaml.YAMLError:
+    except Refused as error:
+        raise UserError(f"override: {shown(override)}: {error.problem}; correct it") from None
+    except yaml.YAMLError:  # such as a glob
         value = text
     _set(tree, name.strip(), value, override)
 

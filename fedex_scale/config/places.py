@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedex_scale.config.learning import DataConfig, ModelSection
 from fedex_scale.config.settings import Config, RunSection
-from fedex_scale.config.sites import SUFFIXES
+from fedex_scale.config.sites import SUFFIXES, check_sites
 from fedex_scale.runtime.errors import UserError
 
 
@@ -16,6 +16,7 @@ def check_places(config: Config) -> None:
     check_free(config.run)
     check_model(config.model)
     check_data(config.data)
+    check_sites(config.partition.files)
 
 
 def check_free(section: RunSection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def recipes() -> list[Recipe]:
 
 
 def text_of(name: str) -> str:
-    """Return a recipe as it comes along.
+    """Return a recipe as it comes along, in which editors find the schema from anywhere.
 
     Raises:
         UserError: no recipe of that name; the nearest is told.
@@ -44,18 +45,18 @@ def text_of(name: str) -> str:
             f"recipe: expected one of {', '.join(known)}, got {named(name)}; "
             f"{nearest(name, known) or 'name one of these'}"
         )
-    return locate("recipes", name, "recipe").read_text(encoding="utf-8")
+    text = locate("recipes", name, "recipe").read_text(encoding="utf-8")
+    return re.sub(r"(?<=[$]schema=)\S+", SCHEMA.as_uri(), text, count=1)
 
 
 def copy(name: str, directory: Path) -> Path:
-    """Copy a recipe to change it, and return the copy; editors find the schema from there, too.
+    """Copy a recipe to change it, and return the copy.
 
     Raises:
         UserError: no such recipe, a file of that name is there, or the directory cannot be written.
     """
     text, file = text_of(name), directory / f"{name}.yaml"
-    text = re.sub(r"(?<=[$]schema=)\S+", SCHEMA.as_uri(), text, count=1)
-    text = re.sub(rf"(?<=--config ){name}\b", lambda found: str(file), text)
+    text = re.sub(rf"(?<=--config ){name}\b", lambda found: shlex.quote(str(file)), text)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write_new(file, text)

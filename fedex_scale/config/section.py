@@ -34,10 +34,13 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+MOST = 10**9
+"""Of any count or number: more is a slip, and no memory, file format or float32 would hold it."""
+MAX_NAME = 255  # bytes of a file's name
 Number = Annotated[float, BeforeValidator(_as_number)]
-Positive = Annotated[float, Field(gt=0), BeforeValidator(_as_number)]
+Positive = Annotated[float, Field(gt=0, le=MOST), BeforeValidator(_as_number)]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
 AsTuple = BeforeValidator(_as_tuple)
 Names = Annotated[tuple[str, ...], AsTuple]
 
@@ -79,6 +82,20 @@ class Section(BaseModel):
             return None
         return "" if value is None and field.default == "" else value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _names_are_short(cls, value: Any, about: ValidationInfo) -> Any:
+        """Refuse what no file, column, module or task is called, before somebody looks for it."""
+        for text in _texts(value):
+            longest = max(len(part.encode()) for part in text.split("/"))
+            if longest > MAX_NAME:
+                title = cls.model_config.get("title")
+                raise UserError(
+                    f"{title}.{about.field_name}: expected names of at most {MAX_NAME} bytes, got "
+                    f"{longest}: {shown(text)}; shorten it"
+                )
+        return value
+
     @model_validator(mode="after")
     def _go_together(self) -> Section:
         found = "; ".join(self.problems())
@@ -100,6 +117,16 @@ def to_dict(section: Section) -> dict[str, Any]:
 def key_schemas(section: type[Section]) -> dict[str, dict[str, Any]]:
     """Return the JSON schema of each key of a section."""
     return section.model_json_schema()["properties"]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
 
 
 def _plain(value: Any) -> Any:
@@ -137,4 +164,8 @@ def _problem(cls: type[Section], key: str, values: Mapping[str, Any], kind: str)
     remedy = nearest(value, choices(schema)) or (
         f"the default is {shown(schema['default'])}" if "default" in schema else "it has no default"
     )
+    if value in choices(schema):
+        remedy = f"write [{value}]"
+    elif schema.get("type") == "string" and isinstance(value, bool | int | float):
+        remedy = "put it in quotes (on a command line: key='\"text\"')"
     return f"{name}: expected {expected(schema)}, got {shown(value)}; {remedy}"

@@ -35,7 +35,7 @@ class RunSection(Section, title="run"):
     """Name of the run; its directory is `dir/name`."""
     dir: str = "runs"
     """Where run directories are made."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=10**18)] = 0
     """Everything random is drawn from (seed, round, client) and nothing else."""
     overwrite: bool = False
     """Delete an existing run directory of this name first."""
@@ -169,6 +169,12 @@ class Config(Section):
         yield from self._robust_problems()
         yield from self._token_problems()
         fixed, clients = len(self.federation.fixed_examples), self.partition.num_clients
+        drawn = self.federation.num_drawn(clients)
+        if self.partition.is_counted and self.federation.min_clients > drawn:
+            yield (
+                f"federation.min_clients: expected at most {drawn}, as many as train in a round, "
+                f"got {self.federation.min_clients}; lower it, or raise partition.num_clients"
+            )
         if fixed not in (0, clients):
             yield (
                 f"federation.fixed_examples: expected a number for each of {clients} clients "

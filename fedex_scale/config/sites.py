@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedex_scale.config.words import named
+from fedex_scale.runtime.errors import UserError
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -45,6 +48,16 @@ def find_sites(patterns: Any) -> list[Site]:
             path = Path(found)
             sites.append(Site(path.resolve().name if path.is_dir() else path.stem, found))
     return sites
+
+
+def check_sites(patterns: str | tuple[str, ...]) -> None:
+    """Raise a UserError for the first file, directory or glob that leads to nothing."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not _matches(pattern):
+            raise UserError(
+                f"partition.files: expected a file or directory, found none at {named(pattern)}; "
+                "correct it, or take it out"
+            )
 
 
 def _matches(pattern: str) -> list[str]:

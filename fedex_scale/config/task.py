@@ -46,7 +46,7 @@ class TaskSection(Section, title="task"):
     """generate: share of a label that is spread over the vocabulary."""
     num_beams: Count = 10
     """generate: beams of the search."""
-    length_penalty: Number = 0.9
+    length_penalty: Number = Field(0.9, ge=-100, le=100)
     """generate: exponent of the length by which a beam's log-likelihood is divided."""
     no_repeat_ngram: Annotated[int, Field(ge=0)] = 4
     """generate: no n-gram of this size comes twice; 0: any may."""

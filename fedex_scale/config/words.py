@@ -24,7 +24,8 @@ _BOUNDS = {
 def expected(schema: Mapping[str, Any], *, plural: bool = False) -> str:
     """Return what a value of this JSON schema is, such as `a whole number of at least 1`."""
     if "anyOf" in schema:
-        return " or ".join(map(expected, schema["anyOf"]))
+        told = [expected(option) for option in schema["anyOf"]]
+        return ", or ".join(told) if any(" or " in x for x in told) else " or ".join(told)
     if "enum" in schema:
         return f"{'any' if plural else 'one'} of {', '.join(map(str, schema['enum']))}"
     if "const" in schema:
@@ -35,12 +36,17 @@ def expected(schema: Mapping[str, Any], *, plural: bool = False) -> str:
     if schema["type"] == "object":
         return f"a mapping of names to {expected(schema['additionalProperties'])}"
     kind = _KINDS[schema["type"]][plural]
-    bounds = " and ".join(
-        f"{word} {schema[name]:g}" for name, word in _BOUNDS.items() if name in schema
-    )
-    if bounds:
+    if "minimum" in schema and "maximum" in schema:
+        kind += f" from {_bound(schema['minimum'])} to {_bound(schema['maximum'])}"
+    elif bounds := " and ".join(
+        f"{word} {_bound(schema[name])}" for name, word in _BOUNDS.items() if name in schema
+    ):
         kind += f" of {bounds}" if bounds.startswith("at ") else f" {bounds}"
     return f"non-empty {kind}" if schema.get("minLength") else kind
+
+
+def _bound(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def choices(schema: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from fedex_scale.runtime.errors import UserError
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 MAX_DEPTH = 20
-MAX_CHARS = 10_000  # of one value; Python takes long to read a number of more digits
+MAX_CHARS = 10_000  # of one value
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,29})$")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+][0-9]{1,9})?$|[-+]?\.inf$|\.nan$")
+_BOTH_READ = ("bool", "null", "merge")
+"""Of YAML 1.1's words these alone. Its octal, sexagesimal and underlined numbers and its dates are
+text here, as editors, which read YAML 1.2, have them; a longer number is no setting."""
+
+
+class Refused(yaml.MarkedYAMLError):
+    """Valid YAML that holds what no setting needs, or says something twice."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -44,7 +54,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _PlainLoader)
-    except ValueError as error:  # a date that is none, a number of 5,000 digits
+    except ValueError as error:
         raise yaml.YAMLError(str(error)) from None
 
 
@@ -74,9 +84,10 @@ class _PlainLoader(yaml.SafeLoader):
             self._refuse(event, f"expected no tag, got {shown(event.tag)}")
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
-            half = any("\ud800" <= letter <= "\udfff" for letter in node.value)
-            if len(node.value) > MAX_CHARS or "\0" in node.value or half:
+            if len(node.value) > MAX_CHARS or "\0" in node.value:
                 self._refuse(event, f"expected at most {MAX_CHARS:,} characters, and no NUL")
+            if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+                self._refuse(event, f"expected characters, got half of one in {shown(node.value)}")
         elif isinstance(event, yaml.AliasEvent):  # each may hold many of the one before
             self._refuse(event, f"expected an alias of one value only, got *{event.anchor}")
         elif isinstance(node, yaml.MappingNode):
@@ -89,9 +100,24 @@ class _PlainLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self._refuse(key, "expected a name as key, got a list or a mapping")
-            if key.value in seen:
+            if key.tag.endswith(":merge"):
+                self._refuse(key, "expected keys written out, got a merge (<<)")
+            meant = self.construct_object(key)  # yes and true are one
+            if meant in seen:
                 self._refuse(key, f"{shown(key.value)} is there twice; keep one")
-            seen.add(key.value)
+            seen.add(meant)
 
     def _refuse(self, place: yaml.Event | yaml.Node, problem: str) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+        raise Refused(problem=problem, problem_mark=place.start_mark)
+
+
+def _read_as(kind: str) -> str:
+    return f"tag:yaml.org,2002:{kind}"
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, words) for tag, words in known if tag in map(_read_as, _BOTH_READ)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(_read_as("int"), _INTEGER, list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(_read_as("float"), _FLOAT, list("-+0123456789."))

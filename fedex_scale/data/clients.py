@@ -80,7 +80,12 @@ def read_clients(config: Config, tokenizer: PreTrainedTokenizerBase) -> Clients:
         left_out.append(_told_of_rows("data.holdout", apart, config))
         report["held_out"] = {**count_rows(apart), "sha256": digest_of(apart)}
     sizes = dict(zip(names, map(len, trained), strict=True))
-    told = [_recognised(pools, config), *left_out, _dealt_out(pools, sizes, config)]
+    told = [
+        _recognised(pools, config),
+        _not_used(pools, config),
+        *left_out,
+        _dealt_out(pools, sizes, config),
+    ]
     if METHODS[config.method.name].one_client:
         trained = [sorted(index for part in trained for index in part)]
     return Clients(
@@ -161,12 +166,23 @@ def _recognised(pools: Sequence[Pool], config: Config) -> str | None:
     if config.data.schema != "auto":
         return None
     schema = schema_of(config.data, pools[0].schema, pools[0].rows.column_names)
-    columns = [*schema.columns, *([schema.context] if schema.context else [])]
+    columns = [x for x in schema.used if x in pools[0].rows.column_names]
     others = f" (and so are {len(pools) - 1} more)" if len(pools) > 1 else ""
     return (
         f"data: {named(pools[0].source)} is {pools[0].schema} ({', '.join(columns)}), as its "
         f"columns say{others}; set data.schema if it is another"
     )
+
+
+def _not_used(pools: Sequence[Pool], config: Config) -> str | None:
+    """Return a line on columns that nobody looks at."""
+    names = {x: None for pool in pools for x in pool.rows.column_names}
+    schema = schema_of(config.data, pools[0].schema, tuple(names))
+    left = [named(x) for x in names if x not in (*schema.used, config.partition.column)]
+    if not left:
+        return None
+    more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
+    return f"data: not used of its columns: {', '.join(left[:LISTED])}{more}"
 
 
 def _told_of_rows(key: str, examples: Examples, config: Config) -> str | None:

@@ -43,7 +43,7 @@ def place_of(files: Sequence[str], index: int) -> str:
 
 
 def check_file(file: str) -> None:
-    """Raise a UserError for what would take down, or hold up, who reads a file of JSON.
+    """Raise a UserError for what would take down, or hold up, who reads a file of JSON or CSV.
 
     That is text that is not UTF-8, a line of JSON lines that is too long to be one row, and lists
     within lists without end, on which a parser may crash.
@@ -220,7 +220,7 @@ def csv_as_text(file: str) -> dict[str, Any]:
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             columns = next(filter(None, csv.reader(lines)), [])
-    except (UnicodeDecodeError, csv.Error):
+    except csv.Error:
         return {}  # the reader says what is wrong
     texts = Features({column: Value("string") for column in columns})
     return {"features": texts, "keep_default_na": False, "na_values": [""]}

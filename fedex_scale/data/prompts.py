@@ -62,6 +62,12 @@ class Schema:
             return (self.turns,)
         return tuple(column for column in (self.instruction, self.response) if column)
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Those that are looked at, where a row has them."""
+        also = ("system", "tools") if self.turns else (self.context,)
+        return *self.columns, *filter(None, also)
+
     def texts(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
         """Return a row's prompt and response; None where one of them is empty.
 
@@ -154,6 +160,14 @@ def recognise(row: Mapping[str, Any], source: str) -> str:
     listed = ", ".join(row)
     why = f"which may be {' or '.join(found)}" if found else "which no schema is known by"
     remedy = f"set data.schema={found[0]}" if found else "set data.schema"
+    if len(row) == 1 and ";" in listed:
+        why, remedy = (
+            "as its cells are divided by semicolons",
+            "save it with commas, set data.schema",
+        )
+    if any(isinstance(row.get(column), str) for column in CHAT_COLUMNS):
+        why = "whose turns are a text"
+        remedy = "write them as a list of JSON (json.loads of the text), set data.schema"
     raise UserError(
         f"{source}: data.schema=auto: got columns {listed[:200]}, {why}; {remedy}, or columns with "
         "data.prompt_column and data.response_column"

@@ -16,7 +16,7 @@ from datasets import Dataset, load_dataset
 
 from fedex_scale.config.federation import PartitionConfig
 from fedex_scale.config.learning import DataConfig
-from fedex_scale.config.sites import SUFFIXES, Site, find_sites
+from fedex_scale.config.sites import SUFFIXES, Site, check_sites, find_sites
 from fedex_scale.config.words import named, shown
 from fedex_scale.data import places
 from fedex_scale.data.prompts import Schema, recognise, schema_of
@@ -179,10 +179,7 @@ def cause_of(error: BaseException) -> str:
 def _check_sites(sites: Sequence[Site], partition: PartitionConfig) -> None:
     """Raise a UserError for no sites, two of one name, or another number than of clients."""
     patterns = shown(partition.files)
-    if not sites:
-        raise UserError(
-            f"partition.files: expected files or directories, found none at {patterns}; correct it"
-        )
+    check_sites(partition.files)
     if len(sites) != partition.num_clients:
         raise UserError(
             f"partition.num_clients: sites has a client per file or directory ({len(sites)} at "
@@ -220,10 +217,11 @@ def _is_hub_id(path: str) -> bool:
 
 def _found(pattern: str, key: str) -> list[str]:
     """Return the files that a path or glob names."""
-    if Path(pattern).suffix not in SUFFIXES:
+    if (suffix := Path(pattern).suffix) not in SUFFIXES:
+        remedy = f"rename it to {suffix.lower()}" if suffix.lower() in SUFFIXES else "convert it"
         raise UserError(
             f"{key}: expected a {', '.join(SUFFIXES)} file or a hub id, got {pattern}; "
-            "convert it, or name a hub dataset"
+            f"{remedy}, or name a hub dataset"
         )
     fixed = Path(pattern.partition("**")[0])
     if "**" in pattern and len(fixed.parts) < 2 and fixed.is_absolute():
@@ -245,13 +243,13 @@ def _read_files(files: Sequence[str], source: str, key: str) -> Dataset:
         )
     if not any(map(os.path.getsize, files)):
         raise UserError(f"{named(source)}: expected at least one row, got none; name other data")
+    for file in files if kinds[0] != ".parquet" else ():
+        places.check_file(file)
     if kinds[0] not in (".json", ".jsonl"):
         how = places.csv_as_text(files[0]) if kinds[0] == ".csv" else {}
         return load(
             source, "look at the file", kinds[0][1:], data_files=list(files), split="train", **how
         )
-    for file in files:
-        places.check_file(file)
     try:
         return places.read_json(files, source)
     except UserError:

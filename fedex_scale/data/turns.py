@@ -31,13 +31,18 @@ def turns_of(row: Mapping[str, Any], column: str) -> Turns:
     told = row[column]
     if not isinstance(told, list) or not told:
         raise UserError(f"expected a list of turns in {column}, got {shown(told)}; correct it")
-    before, turns = row.get("system"), []
-    if isinstance(before, str) and before.strip() and column != "messages":
-        turns.append({"role": "system", "content": before})
-    for turn in told:
-        turns.append(_turn(turn, len(turns) + 1))
+    turns = [_turn(turn, number) for number, turn in enumerate(told, 1)]
     _check_order(turns)
-    return turns
+    before = row.get("system")
+    if not isinstance(before, str) or not before.strip():
+        return turns
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": before}, *turns]
+    if turns[0]["content"] == before:
+        return turns
+    raise UserError(
+        f"system: expected the same text as in the system turn of {column}, got another; keep one"
+    )
 
 
 def tools_of(row: Mapping[str, Any]) -> Tools | None:

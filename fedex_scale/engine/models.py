@@ -304,6 +304,8 @@ def _load(cls: type, section: ModelSection, **options):
             reason = "no tokenizer.json is there; copy the tokenizer's files to the model's"
         else:
             reason = _reason(error)
+        if section.attention != "auto" and "attention" in reason.lower():
+            reason += f"; install what it lacks, or leave out model.attention={section.attention}"
         raise UserError(f"model.path: cannot load {section.path}: {reason}") from None
 
 

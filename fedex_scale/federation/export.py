@@ -58,8 +58,8 @@ def export_run(
         raise UserError("export: --rank is for an adapter; leave it out with --merged")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"export: --dtype: expected float32 or bfloat16, got {dtype}")
-    if rank is not None and rank < 1:
-        raise UserError(f"export: --rank: expected at least 1, got {rank}")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise UserError(f"export: --rank: expected a whole number of at least 1, got {rank}")
     if dtype and not merged:
         raise UserError("export: --dtype is for a merged model; adapters are float32")
     run = RunDir(directory)

@@ -79,7 +79,10 @@ def normalise_weights(weights: Iterable[float]) -> list[float]:
     Raises:
         UserError: a weight is negative or not finite, or none is above 0.
     """
-    weight_K = [float(weight) for weight in weights]
+    try:
+        weight_K = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise UserError("weights: expected numbers, one a client; correct them") from None
     for client, weight in enumerate(weight_K):
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(

@@ -43,7 +43,7 @@ def parse_size(text: str, name: str) -> int:
     Raises:
         UserError: no number, or no unit.
     """
-    for unit, factor in _UNITS.items():
+    for unit, factor in _UNITS.items() if isinstance(text, str) else ():
         number = text.strip().removesuffix(unit)
         if number != text.strip():
             try:
@@ -78,8 +78,9 @@ def describe_machine(
         UserError: a size without a unit, or a count below 1.
     """
     for name, value in (("--gpus", gpus), ("--tflops", tflops)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}: expected more than 0, got {value}")
+        kinds = int if name == "--gpus" else int | float
+        if value is not None and not (isinstance(value, kinds) and 0 < value < math.inf):
+            raise UserError(f"{name}: expected a number above 0, got {value!r}; give one")
     found = {
         "gpus": gpus,
         "gpu_memory": parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None,

@@ -86,7 +86,7 @@ def text(run: RunDir, *, base: str | None = None, adapter: str | None = None) ->
         "clients": config["partition"]["num_clients"],
         "rounds": tree["rounds_done"],
         "epochs": config["train"]["local_epochs"],
-        "data": (data["path"] if _is_hub_id(data["path"]) else Path(data["path"]).name) or "files",
+        "data": _data_told(tree),
         "rows": rows_told(tree["partition"]),
         "held_out": tree["held_out"],
         "examples": sum(part["num_examples"] for part in tree["partition"]["clients"]),
@@ -161,6 +161,15 @@ def title(tree: Mapping[str, Any], base: str) -> str:
 def base_name(path: str) -> str:
     """Return the model's hub id; of a local directory, its name."""
     return path if _is_hub_id(path) else Path(path).name
+
+
+def _data_told(tree: Mapping[str, Any]) -> str:
+    """Return the hub's name of the data, a file's own name, or those of the sites."""
+    path = tree["config"]["data"]["path"]
+    if path:
+        return path if _is_hub_id(path) else Path(path).name
+    names = [part["name"] for part in tree["partition"]["clients"]]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _is_hub_id(path: str) -> bool:

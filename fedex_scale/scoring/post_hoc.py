@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from fedex_scale.config.learning import ModelSection
 from fedex_scale.config.section import replace
 from fedex_scale.config.settings import EvaluationSection
+from fedex_scale.config.words import named
 from fedex_scale.engine import models
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, base_directory
@@ -73,7 +74,8 @@ def find_subject(
     """
     subject = find_model(name, adapter, asked, dtype=dtype, trust_remote_code=trust_remote_code)
     if not subject.section.tasks:
-        raise UserError("--suite: expected at least one task, such as fedex_gsm8k, got none")
+        what = "" if (Path(name) / "config.yaml").is_file() else f" ({named(name)} is no run)"
+        raise UserError(f"--suite: expected at least one task, such as fedex_gsm8k, got none{what}")
     return dataclasses.replace(subject, out=_free(subject.out))
 
 

@@ -137,7 +137,7 @@ def test_the_report_and_the_card_tell_of_rows_sites_and_loss(run: Path) -> None:
     card = (run / "final" / "README.md").read_text(encoding="utf-8")
     assert "| rows not trained whole | 1 empty, of 14 rows |" in card
     assert f"held-out examples | {before['loss']:.4f} before, {after['loss']:.4f} after |" in card
-    assert "a client per file" in card
+    assert "| data | `north, south`, 13 examples, a client per file" in card
     entries = json.loads((run / "partition.json").read_text())["clients"]
     assert [(entry["name"], entry["num_examples"]) for entry in entries] == [
         ("north", 8),
@@ -201,6 +201,7 @@ def test_the_docs_first_steps_as_written(
         command(*words, *model)
     told = capsys.readouterr().out
     assert "chats.jsonl is chat (messages)" in told
+    assert "answers: runs/chats/answers.md" in told
     assert "⟦Yes, from nine to six.</s>⟧" in told
     for when in ("before training", "after round 1"):
         assert f"{when}: held-out loss" in told

@@ -212,7 +212,12 @@ def test_what_cannot_be_scored_is_told_in_one_line(
         (tiny_llama, final, asked, "as its run changed the base"),
         (tiny_gpt2, exact, asked, "expects a weight of shape"),
         (tiny_llama, None, {}, "--suite: expected at least one task"),
-        (run, None, {"limit": 0}, r"evaluation\.limit: expected a whole number of at least 1"),
+        (
+            run,
+            None,
+            {"limit": 0},
+            r"evaluation\.limit: expected a whole number from 1 to 1,000,000,000",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             find_subject(str(model), adapter, options)

@@ -8,6 +8,8 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,12 @@ def test_ffa_goes_by_the_server_s_pair() -> None:
     ("change", "told"),
     [
         ({"pairs": []}, "pairs: expected at least one"),
+        ({"pairs": [(torch.ones(R, I).numpy(), torch.ones(O, R))]}, "client 0: .* two tensors"),
+        ({"pairs": [(torch.ones(R, I).cfloat(), torch.ones(O, R))]}, "client 0: .* float dtype"),
+        ({"weights": [1, 2, None]}, "weights: expected numbers"),
+        ({"seed": 10**30}, "seed: expected a whole number from 0"),
+        ({"name": "full"}, "method.name: full aggregates no adapters"),
+        ({"name": "centralized"}, "method.name: centralized aggregates no adapters"),
         ({"pairs": [(torch.ones(R, I), torch.ones(O, R + 1))]}, r"client 0: expected A \(R, I\)"),
         ({"pairs": [(torch.ones(R), torch.ones(O, R))]}, r"client 0: expected A \(R, I\)"),
         ({"pairs": [*clients(), (torch.ones(1, I), torch.ones(O, 1))]}, "client 3: .* with zeros"),
@@ -129,3 +137,36 @@ def test_ffa_goes_by_the_server_s_pair() -> None:
 def test_what_cannot_be_aggregated_is_told(change: dict, told: str) -> None:
     with pytest.raises(fedex_scale.UserError, match=told):
         api.aggregate_layer(**{"pairs": clients(), "scaling": 1.0, **change})
+
+
+def test_factors_of_eight_bits_are_aggregated_in_float32() -> None:
+    small = [tuple(x.to(torch.float8_e4m3fn) for x in pair) for pair in clients()]
+    large = [tuple(x.float() for x in pair) for pair in small]
+    pairs = [api.aggregate_layer(x, scaling=1.0).pair for x in (small, large)]
+    torch.testing.assert_close(*pairs)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: api.run(None), "config: expected a path, a recipe's name or a mapping, got null"),
+        (lambda: api.plan(3), "config: expected a path"),
+        (lambda: api.plan("quickstart", "lora.rnak=3"), "did you mean rank"),
+        (lambda: api.plan("quickstart", gpus=1.5), "--gpus: expected a number above 0, got 1.5"),
+        (lambda: api.plan("quickstart", gpu_memory=24), "--gpu-memory: expected a size"),
+        (lambda: api.evaluate("nowhere"), r"--suite: .* got none \(nowhere is no run\)"),
+        (lambda: api.evaluate(None), "model: expected a path, got None"),
+        (lambda: api.export("nowhere", "x", rank=2.5), "rank: expected a whole number"),
+        (lambda: api.aggregate([3], base="x", out="y"), "clients: expected a path, got 3"),
+    ],
+)
+def test_what_callers_get_wrong_is_one_line(call: Callable[[], object], told: str) -> None:
+    with pytest.raises(fedex_scale.UserError, match=told):
+        call()
+
+
+def test_one_alone_is_as_good_as_a_list_of_one(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(fedex_scale.UserError, match="unknown task fedex_piq; did you mean"):
+        api.evaluate(tiny_llama, suite="fedex_piq")
+    with pytest.raises(fedex_scale.UserError, match="nowhere: expected a PEFT adapter"):
+        api.aggregate("nowhere", base=tiny_llama, out=tmp_path / "out")

@@ -88,7 +88,7 @@ def test_none_is_nothing_where_a_key_may_be_null(load, word: str) -> None:
     config = load(*overrides, "model.quantization=none", "data.template=none")
     assert (config.engine.deepspeed, config.data.num_examples) == (None, None)
     assert (config.model.quantization, config.data.template) == ("none", "none")
-    with pytest.raises(UserError, match="batch_size: expected a whole number of at least 1"):
+    with pytest.raises(UserError, match="batch_size: expected a whole number from 1 to"):
         load(f"train.batch_size={word}")
 
 
@@ -122,16 +122,16 @@ def test_unknown_keys_name_the_nearest(load, override: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.rank=4.5", "a whole number of at least 1, got 4.5; the default is 32"),
-        ("lora.rank=true", "a whole number of at least 1, got true"),
-        ("lora.rank=", "a whole number of at least 1, got null"),
-        ("lora.alpha=big", "a number above 0, got 'big'"),
-        ("lora.alpha=true", "a number above 0, got true"),
+        ("lora.rank=4.5", "a whole number from 1 to 65,536, got 4.5; the default is 32"),
+        ("lora.rank=true", "a whole number from 1 to 65,536, got true"),
+        ("lora.rank=", "a whole number from 1 to 65,536, got null"),
+        ("lora.alpha=big", "a number from 1e-12 to 1,000,000,000, got 'big'"),
+        ("lora.alpha=true", "a number from 1e-12 to 1,000,000,000, got true"),
         ("run.name=5", "text, got 5"),
         ("run.overwrite=1", "true or false, got 1"),
-        ("train.max_steps=all", "a whole number of at least 1 or null, got 'all'"),
+        ("train.max_steps=all", "a whole number from 1 to 1,000,000,000 or null, got 'all'"),
         ("run.trackers=wandb", "a list of any of tensorboard, wandb, trackio"),
-        ("run.profile_steps=3", "a list of whole numbers of at least 1, got 3"),
+        ("run.profile_steps=3", "a list of whole numbers from 1 to 1,000,000,000, got 3"),
         ("evaluation.tasks=[5]", "a list of text, got [5]"),
         ("lora.target_modules=[1, 2]", "non-empty text or a non-empty list of text"),
         ("aggregate.fold=up", "one of side, planes, carry, round, got 'up'"),
@@ -154,39 +154,73 @@ def test_wrong_types_say_what_was_expected(load, override: str, message: str) ->
         ("run.name=.", "a plain name"),
         ("run.name=''", "a plain name"),
         ("run.trackers=[dvc]", "a list of any of tensorboard, wandb, trackio, mlflow, got ['dvc']"),
-        ("run.profile_steps=[3, 0]", "a list of whole numbers of at least 1, got [3, 0]"),
-        ("lora.rank=0", "a whole number of at least 1, got 0"),
-        ("lora.alpha=0", "a number above 0"),
-        ("lora.alpha=nan", "a number above 0"),
-        ("lora.alpha=.inf", "a number above 0, got inf"),
-        ("lora.alpha=1e999", "a number above 0, got '1e999'"),
+        ("run.profile_steps=[3, 0]", "a list of whole numbers from 1 to 1,000,000,000, got [3, 0]"),
+        ("lora.rank=0", "a whole number from 1 to 65,536, got 0"),
+        ("lora.alpha=0", "a number from 1e-12 to 1,000,000,000"),
+        ("lora.alpha=nan", "a number from 1e-12 to 1,000,000,000"),
+        ("lora.alpha=.inf", "a number from 1e-12 to 1,000,000,000, got inf"),
+        ("lora.alpha=1e999", "a number from 1e-12 to 1,000,000,000, got '1e999'"),
         ("lora.dropout=1", "a number of at least 0 and below 1"),
         ("lora.target_modules=[]", "non-empty text or a non-empty list of text"),
-        ("data.max_length=0", "a whole number of at least 1"),
-        ("partition.num_clients=0", "a whole number of at least 1"),
-        ("federation.rounds=0", "a whole number of at least 1"),
+        ("data.max_length=0", "a whole number from 1 to 1,000,000,000"),
+        ("partition.num_clients=0", "a whole number from 1 to 1,000,000"),
+        ("federation.rounds=0", "a whole number from 1 to 100,000"),
         ("federation.client_fraction=0", "a number above 0"),
         ("federation.client_fraction=1.5", "a number above 0"),
-        ("method.svd_rank=0", "a whole number of at least 1 or null, got 0"),
-        ("aggregate.side_rank=0", "a whole number of at least 1"),
-        ("train.batch_size=0", "a whole number of at least 1"),
-        ("train.micro_batch_size=0", "a whole number of at least 1"),
-        ("train.local_epochs=0", "a whole number of at least 1"),
-        ("train.max_steps=0", "a whole number of at least 1 or null"),
+        ("method.svd_rank=0", "a whole number from 1 to 1,000,000,000 or null, got 0"),
+        ("aggregate.side_rank=0", "a whole number from 1 to 1,000,000,000"),
+        ("train.batch_size=0", "a whole number from 1 to 1,000,000,000"),
+        ("train.micro_batch_size=0", "a whole number from 1 to 1,000,000,000"),
+        ("train.local_epochs=0", "a whole number from 1 to 1,000,000,000"),
+        ("train.max_steps=0", "a whole number from 1 to 1,000,000,000 or null"),
         ("train.warmup_ratio=1", "a number of at least 0 and below 1"),
         ("train.learning_rate=0", "a number above 0"),
         ("train.learning_rate=nan", "a number above 0"),
-        ("train.weight_decay=-1", "a number of at least 0"),
-        ("train.max_grad_norm=nan", "a number of at least 0"),
-        ("evaluation.data={a: 5}", "a mapping of names to text or a mapping of names to text or"),
-        ("evaluation.limit=0", "a whole number of at least 1 or null"),
-        ("evaluation.batch_size=0", "a whole number of at least 1"),
+        ("train.weight_decay=-1", "a number from 0 to 1,000,000,000"),
+        ("train.max_grad_norm=nan", "a number from 0 to 1,000,000,000"),
+        ("evaluation.data={a: 5}", "a mapping of names to text or a mapping of names to text, or"),
+        ("evaluation.limit=0", "a whole number from 1 to 1,000,000,000 or null"),
+        ("evaluation.batch_size=0", "a whole number from 1 to 1,000,000,000"),
     ],
 )
 def test_values_that_cannot_be_are_refused(load, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load(override)
     assert f"{override.partition('=')[0]}: expected {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.name=2024"], "expected text, got 2024; put it in quotes"),
+        (["run.trackers=tensorboard"], "got 'tensorboard'; write [tensorboard]"),
+        (
+            ["evaluation.data_dir=" + 300 * "x"],
+            "evaluation.data_dir: expected names of at most 255",
+        ),
+        (["run.dir=" + 300 * "x"], "run.dir: expected names of at most 255 bytes, got 300: 'xxx"),
+        (["partition.files=[a, " + 300 * "x" + "]"], "partition.files: expected names of at most"),
+        (["evaluation.data={a: " + 300 * "x" + "}"], "evaluation.data: expected names of at most"),
+        (["partition.num_clients=1" + 400 * "0"], "from 1 to 1,000,000, got '1000"),
+        (
+            ["federation.min_clients=3", "partition.num_clients=2"],
+            "min_clients: expected at most 2,",
+        ),
+        (["run.name=!x 3"], "override: 'run.name=!x 3': expected no tag, got '!x'; correct it"),
+        (["train={batch_size: 4, batch_size: 5}"], "'batch_size' is there twice; keep one"),
+    ],
+)
+def test_slips_are_told_with_their_remedy(load, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(*overrides)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_clients_that_rows_count_are_not_counted_before(load) -> None:
+    load("federation.min_clients=9", "partition.kind=natural", "partition.column=type")
+    sites = ["partition.kind=sites", "partition.files=[here.jsonl]", "data.path="]
+    load("federation.min_clients=9", *sites)
 
 
 def test_all_problems_are_named_at_once(load) -> None:
@@ -202,8 +236,8 @@ def test_all_problems_are_named_at_once(load) -> None:
     message = str(caught.value)
     for part in (
         "lora.rnak: unknown key",
-        "train.batch_size: expected a whole number of at least 1, got 'many'",
-        "federation.rounds: expected a whole number of at least 1, got 0",
+        "train.batch_size: expected a whole number from 1 to 1,000,000,000, got 'many'",
+        "federation.rounds: expected a whole number from 1 to 100,000, got 0",
         "aggregate.fold: expected one of",
         "federation.bogus: unknown key",
         "model.dtype: expected one of auto, float32, bfloat16",
@@ -264,7 +298,7 @@ def test_the_resolved_config_loads_again_as_itself(load, tmp_path: Path, monkeyp
 
 
 def test_a_saved_config_is_plain_data_in_the_form_it_always_had(load) -> None:
-    saved = to_dict(load("run.profile_steps=[3]", "lora.alpha=8", "train.max_grad_norm=.inf"))
+    saved = to_dict(load("run.profile_steps=[3]", "lora.alpha=8", "train.max_grad_norm=2"))
     assert list(saved) == (
         "run model lora task data partition federation method aggregate train engine evaluation "
         "site".split()
@@ -278,7 +312,7 @@ def test_a_saved_config_is_plain_data_in_the_form_it_always_had(load) -> None:
     }
     assert list(saved["evaluation"].items())[:2] == [("tasks", []), ("data", None)]
     assert saved["run"]["profile_steps"] == [3]
-    assert saved["train"]["max_grad_norm"] == float("inf")
+    assert saved["train"]["max_grad_norm"] == 2.0
     kinds = {type(value) for section in saved.values() for value in section.values()}
     assert kinds <= {str, int, float, bool, list, dict, type(None)}
 
@@ -292,7 +326,7 @@ def test_a_changed_copy_is_checked_like_a_new_config(load) -> None:
     config = load()
     other = replace(config, lora=replace(config.lora, rank=8))
     assert (config.lora.rank, other.lora.rank, other.train) == (32, 8, config.train)
-    with pytest.raises(UserError, match=r"^lora\.rank: expected a whole number of at least 1"):
+    with pytest.raises(UserError, match=r"^lora\.rank: expected a whole number from 1 to 65,536"):
         replace(config.lora, rank=0)
     with pytest.raises(UserError, match=r"^lora\.rnak: unknown key; did you mean rank\?$"):
         replace(config.lora, rnak=8)

@@ -73,6 +73,10 @@ def test_the_template_holds_every_default_and_loads(tmp_path: Path) -> None:
         ("lora.target_modules=[]", False),
         ("method.name=fedx", False),
         ("train.max_steps=null", True),
+        ("train.max_steps=none", True),
+        ("train.batch_size=none", False),
+        ("train.batch_size=1000000001", False),
+        ("run.seed=1" + 18 * "0" + "1", False),
         ("federation.client_fraction=1.5", False),
         ("evaluation.batch_size=auto", True),
         ("evaluation.batch_size=some", False),
@@ -97,6 +101,18 @@ def test_the_schema_says_what_the_settings_say(
     else:
         with pytest.raises(UserError, match=rf"^{section}"):
             load_config(path)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"model": {"path": "m"}, "data": {"path": "d"}, "train": None},
+        {"model": {"path": "m"}, "partition": {"kind": "sites", "files": ["a.jsonl"]}},
+    ],
+)
+def test_the_schema_takes_empty_sections_and_sites_for_data(tree: dict) -> None:
+    jsonschema.validate(tree, json.loads(describe.SCHEMA.read_text(encoding="utf-8")))
+    load_config(tree)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,17 @@ def test_each_form_of_a_chat(small: PreTrainedTokenizerBase):
     assert text.startswith("<|im_start|>system\nthe mat<|im_end|>")
 
 
+def test_a_system_column_is_the_first_turn(small: PreTrainedTokenizerBase):
+    rows = [{"system": text, "messages": [user("a"), assistant("12")]} for text in ("the mat", "")]
+    own = [{"role": "system", "content": "the mat"}, user("a"), assistant("12")]
+    rows.append({"system": "the mat", "messages": own})
+    with_it, without, both = encode(rows, CHAT, small, max_length=512)
+    assert small.decode(with_it["input_ids"]).startswith("<|im_start|>system\nthe mat<|im_end|>")
+    assert with_it["input_ids"] == both["input_ids"] != without["input_ids"]
+    with pytest.raises(UserError, match="system: expected the same text as in the system turn of"):
+        encode([{"system": "a cat", "messages": own}], CHAT, small, max_length=512)
+
+
 def test_an_instruction_can_go_through_the_chat_template(small: PreTrainedTokenizerBase):
     schema = schema_of(DataConfig(path="x", template="chat"), "alpaca")
     row = {"instruction": "the cat", "input": "a mat", "output": "sat"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tiny import make_tokenizer
 
 from fedex_scale.config.load import load_config
+from fedex_scale.config.places import check_places
 from fedex_scale.config.settings import Config
 from fedex_scale.data.batching import Examples
 from fedex_scale.data.clients import Clients, read_clients
@@ -67,8 +69,10 @@ def test_a_schema_is_recognised_and_told_in_one_line(name: str, tmp_path: Path):
     clients = read(data={"path": path, **settings})
     assert clients.schema == clients.report["schema"] == name
     assert f"rows.jsonl is {name} (" in clients.notes[0]
-    (note,) = read(data={"path": path, "schema": name, **settings}).notes
+    *of_columns, note = read(data={"path": path, "schema": name, **settings}).notes
     assert note.startswith("held out: none, as that takes a client of 50 examples")
+    left = {"alpaca": "text", "prompt_completion": "id", "metamath": "type"}.get(name)
+    assert of_columns == ([f"data: not used of its columns: {left}"] if left else [])
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,8 @@ def test_a_schema_is_recognised_and_told_in_one_line(name: str, tmp_path: Path):
         ({"instruction": "a", "output": "b", "answer": "c"}, "may be alpaca or commonsense; set"),
         ({"question": "a", "answer": "b"}, "got columns question, answer, which no schema is"),
         ({"conversation": "a"}, "no schema is known by; set data.schema, or columns with"),
+        ({"messages": '[{"role": "user"}]'}, "got columns messages, whose turns are a text; write"),
+        ({"prompt;completion": "a;b"}, "as its cells are divided by semicolons; save it with com"),
     ],
 )
 def test_columns_that_leave_a_doubt(row: dict, message: str, tmp_path: Path):
@@ -90,6 +96,14 @@ def test_a_row_of_another_schema_is_told_with_its_line(tmp_path: Path):
     path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(UserError, match=r"rows.jsonl: line 7: expected prompt and completion"):
         read(data={"path": str(path)})
+
+
+def test_other_characters_and_endings_are_told(tmp_path: Path):
+    (tmp_path / "rows.csv").write_bytes("prompt,completion\na,b\na,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"rows.csv: line 3: expected UTF-8, got the byte 0xe9"):
+        read(data={"path": str(tmp_path / "rows.csv")})
+    with pytest.raises(UserError, match=r"rows.JSONL; rename it to .jsonl, or name"):
+        read(data={"path": write(tmp_path / "rows.JSONL", pairs(3))})
 
 
 def test_a_list_is_no_text(tmp_path: Path):
@@ -189,6 +203,15 @@ def test_a_site_is_a_client_of_its_name(tmp_path: Path):
     assert [len(part) for part in merged.train] == [8]
 
 
+def test_a_site_that_is_not_there_is_named(tmp_path: Path):
+    there = write(tmp_path / "a.jsonl", pairs(3))
+    partition = {"kind": "sites", "files": [there, str(tmp_path / "typo.jsonl")]}
+    with pytest.raises(UserError, match=r"found none at .*typo.jsonl; correct it") as caught:
+        read(partition=partition)
+    with pytest.raises(UserError, match=re.escape(str(caught.value))):
+        check_places(config("model.path=org/base", partition=partition))
+
+
 def test_several_files_that_are_pooled_are_told(tmp_path: Path):
     for name in "abc":
         write(tmp_path / f"{name}.jsonl", pairs(4))
@@ -205,7 +228,7 @@ def test_several_files_that_are_pooled_are_told(tmp_path: Path):
         (["a/t.jsonl", "b/t.jsonl"], (), r"two sites of the name t, .*a/t.jsonl and .*b/t.jsonl"),
         (["a", "empty.jsonl"], (), r"empty.jsonl: expected at least one row, got none"),
         (["a", "bare"], (), r"bare: expected a .json.* file in it, found none; take the site out"),
-        (["nowhere*"], (), r"expected files or directories, found none"),
+        (["nowhere*"], (), r"expected a file or directory, found none"),
         (["a", "text.jsonl"], (), r"a is prompt_completion, but .*text.jsonl is text"),
         (["a", "b"], ("partition.num_clients=5",), r"\(2 at .*got 5; leave it out"),
         (["a", "b"], ("data.path=x.jsonl",), "data.path: expected left out with partition.files"),

@@ -109,8 +109,8 @@ def test_named_columns(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_examples": 0}, "expected a whole number of at least 1"),
-        ({"max_length": 0}, "expected a whole number of at least 1"),
+        ({"num_examples": 0}, "expected a whole number from 1 to 1,000,000,000"),
+        ({"max_length": 0}, "expected a whole number from 1 to 1,000,000,000"),
         ({"schema": "columns"}, "expected both"),
         ({"schema": "columns", "prompt_column": "a"}, "expected both"),
         ({"prompt_column": "a", "response_column": "b"}, "neither with another"),

@@ -61,8 +61,11 @@ def test_ready_data_pass(data_dir: str) -> None:
         ({"tasks": TASKS, "data": {"fedex_piqa": __file__}}, "not among evaluation.tasks"),
         ({"tasks": ("fedex_gsm8k", "fedex_math_suite")}, "fedex_gsm8k is there twice"),
         ({"tasks": TASKS, "data_dir": "nowhere"}, "no directory nowhere"),
-        ({"tasks": TASKS, "limit": 0}, "limit: expected a whole number of at least 1"),
-        ({"tasks": TASKS, "batch_size": 0}, "batch_size: expected a whole number of at least 1"),
+        ({"tasks": TASKS, "limit": 0}, "limit: expected a whole number from 1 to 1,000,000,000"),
+        (
+            {"tasks": TASKS, "batch_size": 0},
+            "batch_size: expected a whole number from 1 to 1,000,000,000",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
