@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from fedex_scale.aggregation.aggregate_report import AggregateReport, LayerReport
 from fedex_scale.aggregation.deviation import Deviation, measure
 from fedex_scale.aggregation.outliers import Likeness, notes
 from fedex_scale.aggregation.ranks import is_streamed
 from fedex_scale.aggregation.side import Past, grow, split
-from fedex_scale.aggregation.weights import FoldStats, Target, fold
+from fedex_scale.aggregation.weights import FoldStats, Target, as_stats, fold
 from fedex_scale.aggregation.whole import mean_blocks
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.files.adapter_writers import check_finite
@@ -134,7 +135,9 @@ def aggregate(
             found, rest, crossed[layer] = _place(
                 layer, update, clients, past, round, section, sinks, side_dtype
             )
-            stats[layer] = fold(target, rest, carry=section.fold != "round")
+            stats[layer] = fold(
+                target, rest, carry=section.fold != "round", use_kernel=section.fold_kernel
+            )
         report.layers.append(found)
         on_layer(layer)
     for name in like_of(round).full_weights if sinks.whole is not None else ():
@@ -261,18 +264,25 @@ def _send_corrections(layer: str, update: LayerUpdate, clients: Clients, sinks: 
 def _add_stats(
     report: AggregateReport,
     targets: Mapping[str, Target],
-    stats: Mapping[str, FoldStats],
+    stats: Mapping[str, Tensor],
     crossed: Mapping[str, tuple[float, float] | None],
 ) -> None:
-    """Add what the folds found to the report, summed over the ranks' shards."""
+    """Add what the folds found to the report, summed over the ranks' shards.
+
+    To read it is the one wait for all folds, also before ZeRO-3 gathers what they wrote: it does
+    so on a stream of its own, which waits for no other.
+    """
     if not stats:
         return
     ranks = distributed.world_size()
     shares = [1 / ranks if targets[layer].is_whole else 1.0 for layer in stats]
-    local = [x * share for s, share in zip(stats.values(), shares, strict=True) for x in astuple(s)]
-    sums = iter(distributed.sum_over_ranks(*local))
+    local = [
+        [x * share for x in found]
+        for found, share in zip(as_stats(*stats.values()), shares, strict=True)
+    ]
+    sums = iter(distributed.sum_over_ranks(*(x for found in local for x in found)))
     for i, layer in enumerate(report.layers):
-        of_all = FoldStats(*islice(sums, len(fields(FoldStats))))
+        of_all = FoldStats(*islice(sums, len(FoldStats._fields)))
         report.base_changed |= of_all.intended > 0 and targets[layer.layer].writable
         report.layers[i] = found = layer.folded(of_all, crossed[layer.layer])
         if not all(math.isfinite(x) for x in astuple(found) if isinstance(x, float)):

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedex_scale.methods.algebra import LowRank, norm, norm_of_sum, stack
+from fedex_scale.aggregation import fold_kernel
+from fedex_scale.methods.algebra import LowRank, norm_of_sum, square_norm, stack
 
 BLOCK_SIDES = {"cpu": 2**10, "cuda": 2**12}
 """Rows and columns computed at once. CPU: enough for a matrix product at full speed, and few enough
@@ -65,15 +66,19 @@ class Target:
             self.numel, self.device = flat.numel(), flat.device
 
     @property
+    def share(self) -> float:
+        """Of the whole matrix, what is stored here."""
+        return self.numel / math.prod(self.shape)
+
+    @property
     def is_whole(self) -> bool:
         return self.numel == self.shape[0] * self.shape[1]
 
 
-@dataclass(frozen=True)
-class FoldStats:
+class FoldStats(NamedTuple):
     """Squared norms: what was to be added, and what was missed, of the elements stored here.
 
-    Where the pieces are few, `intended` is the whole matrix's, times the share that is stored.
+    Where the pieces are few, `intended` may be the whole matrix's, times the share that is stored.
     `unseen` is what of all folds so far the stored matrix lacks, if a carry was kept (`carried`).
     """
 
@@ -83,39 +88,63 @@ class FoldStats:
     carried: bool = False
 
 
+def as_stats(*found: Tensor) -> list[FoldStats]:
+    """Return what folds found as numbers: the one time that all of them wait for their device."""
+    rows = torch.stack(found).cpu().tolist() if found else []
+    return [FoldStats(*numbers, bool(carried)) for *numbers, carried in rows]
+
+
 @torch.no_grad()
-def fold(target: Target, pieces: Iterable[LowRank], *, carry: bool) -> FoldStats:
+def fold(
+    target: Target, pieces: Iterable[LowRank], *, carry: bool, use_kernel: bool = True
+) -> Tensor:
     """Add sum_j U_j V_j to the stored matrix, in place.
+
+    Nothing here waits for the device, unless the pieces are a stream or nothing can be written.
 
     Args:
         pieces: U (O, P_j) and V (P_j, I), float32, on `target.device`; a sequence, or
             a stream that can be iterated again and again.
         carry: keep what rounding to the stored dtype loses, and add it at the next fold (error
             feedback), so that it never adds up. Without, it is lost.
+        use_kernel: fold a 16-bit weight in one pass, where its GPU can (`fold_kernel`).
 
     Returns:
-        The squared norms of the intended change (without earlier carry) and of the difference
-        between it and the change that the stored matrix made.
+        What `as_stats` makes a FoldStats of, float64, on the device: the squared norms of the
+        intended change (without earlier carry), of the difference between it and the change that
+        the stored matrix made, of the carry, and whether there is one.
     """
+    nothing = torch.zeros((), dtype=torch.float64, device=target.device)
     if not pieces or not target.numel:
-        return FoldStats()
-    share = target.numel / math.prod(target.shape)
+        return torch.stack([nothing] * 4)
+    few = isinstance(pieces, Sequence)
     if not target.writable:
-        whole = norm_of_sum(pieces) ** 2 * share
-        return FoldStats(intended=whole, missed=whole)
-    stats = FoldStats()
-    if isinstance(pieces, Sequence):
-        stats = FoldStats(intended=norm(stack(*pieces)) ** 2 * share)
+        whole = square_norm(stack(*pieces)) if few else nothing + norm_of_sum(pieces) ** 2
+        intended = whole * target.share
+        return torch.stack([intended, intended, nothing, nothing])
     with target.lend() as flat:
         carry = carry and target.carries and flat.dtype != torch.float32
-        if carry or flat.dtype == torch.float32 or not isinstance(pieces, Sequence):
-            return _fold_beside(target, flat, pieces, carry, stats)
-        return _fold_into(target, flat, pieces, stats)
+        if carry and target.carry is None:
+            target.carry = torch.zeros_like(flat, dtype=torch.float32)
+        if use_kernel and few and fold_kernel.can_fold(flat):
+            sums = fold_kernel.fold_into(
+                flat,
+                pieces,
+                target.carry if carry else None,
+                shape=target.shape,
+                start=target.start,
+                transposed=target.transposed,
+            )
+        else:
+            intended = square_norm(stack(*pieces)) * target.share if few else nothing
+            if few and not carry and flat.dtype != torch.float32:
+                sums = torch.stack([intended, _fold_into(target, flat, pieces), nothing])
+            else:
+                sums = _fold_beside(target, flat, pieces, carry, intended)
+    return torch.cat([sums, nothing.add(carry).view(1)])
 
 
-def _fold_into(
-    target: Target, flat: Tensor, pieces: Sequence[LowRank], stats: FoldStats
-) -> FoldStats:
+def _fold_into(target: Target, flat: Tensor, pieces: Sequence[LowRank]) -> Tensor:
     """Let the matrix product itself add to the weight: the fewest passes over memory."""
     height, width = _block_shape(target, pieces)
     memory = flat.new_empty(height * width, dtype=torch.float32)
@@ -132,20 +161,18 @@ def _fold_into(
             )
             here.copy_(wanted)
             missed += _square(wanted.sub_(here))
-    return replace(stats, missed=missed.item())
+    return missed
 
 
 def _fold_beside(
-    target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool, stats: FoldStats
-) -> FoldStats:
+    target: Target, flat: Tensor, pieces: Iterable[LowRank], carry: bool, intended: Tensor
+) -> Tensor:
     """Make the sum of the pieces apart, and add it: for a carry, a float32 weight, and streams."""
-    if carry and target.carry is None:
-        target.carry = torch.zeros_like(flat, dtype=torch.float32)
     height, width = _block_shape(target, pieces)
     memory = flat.new_empty(height * width, dtype=torch.float32)
     at_once = min(height * width, max(width, _side(target) ** 2))
     scratch = flat.new_empty(2, at_once, dtype=torch.float32)
-    sums = torch.zeros(3 if carry else 2, dtype=torch.float64, device=flat.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=flat.device)
     for block, parts in _blocks(target, height, width):
         sum_PQ = memory[: block.numel].view(block.shape)
         _add_product(pieces, block, target.transposed, sum_PQ, beta=0)
@@ -158,9 +185,10 @@ def _fold_beside(
                 kept_out,
                 scratch[:, : delta.numel()].view(2, *delta.shape),
             )
-            sums += torch.stack([_square(x) for x in (delta, error, kept_out) if x is not None])
-    intended, missed, *unseen = sums.tolist()
-    return FoldStats(stats.intended or intended, missed, sum(unseen), bool(unseen))
+            found = [_square(x) for x in (delta, error, kept_out) if x is not None]
+            sums[: len(found)] += torch.stack(found)
+    sums[0] = torch.where(intended > 0, intended, sums[0])
+    return sums
 
 
 def _side(target: Target) -> int:

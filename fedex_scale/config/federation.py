@@ -159,3 +159,6 @@ class AggregateSection(Section, title="aggregate"):
     """What one client may do that is not like the others: clip: its change is scaled down to the
     median of their norms; trimmed: it is left out where its norm or direction is not like most
     others' (docs/security.md, with what it costs)."""
+    fold_kernel: bool = True
+    """Fold a 16-bit weight in one pass where it is on a GPU with tensor cores for it (Ampere or
+    later) and Triton is installed; false: by torch's operations, everywhere."""

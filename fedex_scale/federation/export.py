@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedex_scale.aggregation.weights import Target, fold
+from fedex_scale.aggregation.weights import Target, as_stats, fold
 from fedex_scale.config.learning import ModelSection
 from fedex_scale.federation.final import residuals_of, rounds_without_factors, weight_of
 from fedex_scale.files.adapter_writers import AdapterWriter
@@ -157,7 +157,7 @@ def _export_merged(
                 numel=shape[0] * shape[1],
                 transposed=transposed,
             )
-            stats = fold(target, [_sum_of(parts, layer)], carry=False)
+            (stats,) = as_stats(fold(target, [_sum_of(parts, layer)], carry=False))
             if not math.isfinite(stats.intended + stats.missed):
                 raise out_of_range(layer)
             intended, missed = intended + stats.intended, missed + stats.missed

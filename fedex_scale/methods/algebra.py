@@ -27,6 +27,7 @@ from fedex_scale.methods.lowrank import (
     norm_of_sum,
     round_factors,
     singular_values,
+    square_norm,
     stack,
     truncate,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "residual",
     "round_factors",
     "singular_values",
+    "square_norm",
     "stack",
     "truncate",
 ]

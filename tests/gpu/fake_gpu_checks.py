@@ -18,7 +18,7 @@ from tiny import SIZES, save_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedex_scale.aggregation.aggregator import Round, Sinks, aggregate
-from fedex_scale.aggregation.weights import Target, fold
+from fedex_scale.aggregation.weights import Target, as_stats, fold
 from fedex_scale.config.federation import AggregateSection, MethodConfig
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
 from fedex_scale.data.batching import Examples, collate, pack
@@ -132,14 +132,21 @@ def test_clients_train_on_a_gpu_and_leave_it(config: Path) -> None:
 
 
 @pytest.mark.parametrize("carry", [False, True])
-def test_every_weight_takes_a_fold_where_it_lies(config: Path, carry: bool) -> None:
+def test_every_weight_takes_a_fold_where_it_lies_with_one_wait_for_all(
+    config: Path, carry: bool
+) -> None:
     with fake_gpu(), patch.object(build, "load_base", new_base):
-        engine = on_gpu(config)
-        for layer, target in contents.fold_targets(engine).items():
+        engine, found = on_gpu(config), []
+        targets = contents.fold_targets(engine)
+        WAITS.clear()
+        for layer, target in targets.items():
             num_out, num_in = engine.shapes()[layer]
             piece = LowRank(torch.ones(num_out, 4, device=GPU), torch.ones(4, num_in, device=GPU))
-            fold(target, [piece], carry=carry)
+            found.append(fold(target, [piece], carry=carry))
             assert target.carry is None or target.carry.device == GPU
+        assert not WAITS
+        assert len(as_stats(*found)) == len(targets) > 1
+        assert len(WAITS) == 1, "one wait for the folds of all layers"
 
 
 # The last has more clients than are held at once.
