@@ -87,7 +87,7 @@ class EvaluationSection(Section, title="evaluation"):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples in a stock task's prompt; none: as the task has it."""
     batch_size: Count | Literal["auto"] = 16
-    """Prompts generated at once; auto: as many as fit."""
+    """Prompts answered at once, and fewer where a GPU's memory runs out; auto: up to 256 on one."""
     include_path: str | None = None
     """Directory with lm-eval tasks of one's own, which may run code."""
     generate: str | None = None

@@ -41,6 +41,7 @@ class Weights:
         client, side: of the two adapters; `trained` of the first, and of the head.
         head: of what is trained whole.
         shapes: (O, I) of each adapted layer.
+        cached: keys and values of one token, where the model writes.
     """
 
     base: int
@@ -51,6 +52,7 @@ class Weights:
     trained: int
     head: int
     shapes: dict[str, tuple[int, int]]
+    cached: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,15 @@ def shape_model(
     return model
 
 
+def _cached(config: PretrainedConfig) -> int:
+    """Return the numbers that generation keeps of a token in all layers; 0 where it is not told."""
+    text = config.get_text_config()
+    layers, heads = (getattr(text, x, 0) for x in ("num_hidden_layers", "num_attention_heads"))
+    heads_kept = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(1, heads)
+    return 2 * layers * heads_kept * width
+
+
 def count_weights(model: PeftModel) -> Weights:
     """Count a model's numbers."""
     parts = {CLIENT: 0, SIDE: 0, "base": 0, "head": 0}
@@ -148,6 +159,7 @@ def count_weights(model: PeftModel) -> Weights:
         side=parts[SIDE],
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         shapes=lora_model.shapes(lora_model.lora_layers(model)),
+        cached=_cached(model.get_base_model().config) if head is not None else 0,
     )
 
 

@@ -26,6 +26,7 @@ PROCESS_BYTES = 700_000_000
 GPU_BYTES = 1_200_000_000
 # Of a wide PCIe 4.0 link, and of a good NVMe disk.
 LINK_BYTES_S, NVME_BYTES_S = 20e9, 3e9
+SCORED_TOKENS = 1024  # of a prompt and its answer: the longest of GSM8K and MATH with 256 new ones
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
 PLACES = ("gpu", "host", "nvme", "disk")
 
@@ -255,20 +256,39 @@ def _scoring(
     dtype: torch.dtype,
     clients: int,
 ) -> list[Need]:
-    """Return what the adapter that is scored, float32, takes beyond the activations of training.
+    """Return what scoring takes beyond the activations of training.
 
-    It has the server's columns and all of the side adapter's.
+    That is the adapter, float32, with the server's columns and all of the side adapter's (planes
+    are scored as they are), and keys and values of one prompt: fewer are answered at once where
+    memory runs out, but for ranks that hold the model together and wait for each other.
     """
-    if not config.evaluation.tasks or config.aggregate.fold == "planes":
+    if not config.evaluation.tasks:
         return []
+    in_step = zero.get("stage", 0) == 3 and machine.gpus > 1
+    given = config.evaluation.batch_size  # auto is refused there
+    prompts = given if in_step and given != "auto" else 1
+    more = prompts * SCORED_TOKENS * weights.cached * dtype.itemsize
+    more += _scored_adapter(config, zero, machine, weights, dtype, clients)
+    spare = work.peak_bytes if work else 0
+    return [Need(name="adapter and KV cache of scoring", gpu=max(0, more - spare))]
+
+
+def _scored_adapter(
+    config: Config,
+    zero: Mapping[str, Any],
+    machine: Machine,
+    weights: Weights,
+    dtype: torch.dtype,
+    clients: int,
+) -> float:
+    """Return the bytes of the scored adapter beyond those of the side adapter in training."""
+    if config.aggregate.fold == "planes":
+        return 0
     rank, rounds = config.lora.rank, config.federation.rounds
     rank += side_rank_of(config.method, config.aggregate, clients, rank, rounds)
     columns = sum(o + i for o, i in weights.shapes.values())
     more = 4 * rank * columns - dtype.itemsize * weights.side
-    more /= machine.gpus if zero.get("stage", 0) == 3 else 1
-    return [
-        Need(name="adapter that is scored", gpu=max(0, more - (work.peak_bytes if work else 0)))
-    ]
+    return more / (machine.gpus if zero.get("stage", 0) == 3 else 1)
 
 
 def _files(config: Config, weights: Weights, dtype: torch.dtype, clients: int) -> list[Need]:

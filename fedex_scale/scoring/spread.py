@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BatchSize = int | Literal["auto"]
 Tell = Callable[[str, int, int], None]
 """Told of what is scored, how many of this rank's prompts are answered, and of how many."""
-AUTO_ON_GPU, AUTO_ON_CPU = 64, 16  # tried first; memory that runs out can be caught on a GPU only
+AUTO_ON_GPU, AUTO_ON_CPU = 256, 16  # tried first; memory that runs out can be caught on a GPU only
 
 
 def tell_nobody(what: str, done: int, total: int) -> None:
@@ -37,7 +37,7 @@ def spread_requests(lm: HFLM, batch_size: BatchSize, tell: Tell = tell_nobody) -
 
     Args:
         lm: holds the model, whole on each rank or partitioned over them by ZeRO-3.
-        batch_size: auto: as many as fit, by halving when memory runs out.
+        batch_size: at most; halved when memory runs out, unless ranks work in step. auto: large.
         tell: called after each answer of this rank.
     """
     lm.cache_hook = _Answered(tell)
@@ -50,7 +50,8 @@ def spread_requests(lm: HFLM, batch_size: BatchSize, tell: Tell = tell_nobody) -
         ("loglikelihood_rolling", _batches_of_contexts),
     ):
         finish = partial(_keep_up, lm, name) if in_step else lambda: None
-        answer = partial(_answer, lm, getattr(lm, name), deal, finish, batch_size)
+        size = _first_size(lm, batch_size)
+        answer = partial(_answer, lm, getattr(lm, name), deal, finish, size, not in_step)
         setattr(lm, name, answer)
 
 
@@ -76,17 +77,18 @@ def _answer(
     answer: Callable[..., list],
     deal: Callable[..., list[list[int]]],
     finish: Callable[[], None],
-    batch_size: BatchSize,
+    batch_size: int,
+    may_shrink: bool,
     requests: list[Instance],
     **_: Any,
 ) -> list:
     """Return the answers to all requests, each made on one rank."""
-    lm.batch_size_per_gpu = _first_size(lm, batch_size)
+    lm.batch_size_per_gpu = batch_size
     batches = deal(lm, requests, lm.batch_size_per_gpu)
     mine = batches[distributed.rank() :: distributed.world_size()]
     chosen = [index for batch in mine for index in batch]
     lm.cache_hook.begin([requests[i] for i in chosen])
-    answers = _as_many_as_fit(lm, answer, [requests[i] for i in chosen], batch_size == "auto")
+    answers = _as_many_as_fit(lm, answer, [requests[i] for i in chosen], may_shrink)
     finish()
     by_index = dict(zip(chosen, answers, strict=True))
     if distributed.world_size() > 1:
@@ -97,14 +99,14 @@ def _answer(
 
 
 def _as_many_as_fit(
-    lm: HFLM, answer: Callable[..., list], requests: list[Instance], auto: bool
+    lm: HFLM, answer: Callable[..., list], requests: list[Instance], may_shrink: bool
 ) -> list:
     """Answer the requests, longest first; where that runs out of memory, in smaller batches."""
     while requests:
         try:
             return answer(requests, disable_tqdm=True)
         except torch.OutOfMemoryError:
-            if not auto or lm.batch_size_per_gpu == 1:
+            if not may_shrink or lm.batch_size_per_gpu == 1:
                 raise
         torch.cuda.empty_cache()
         lm.batch_size_per_gpu //= 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from many_rounds import drifting, rounds_of
 from resuming import write_config
+from tiny import make_gpt2, make_llama
+from transformers import AutoModelForCausalLM
 
 from fedex_scale.cli import main
 from fedex_scale.config.learning import LoraSection, ModelSection
@@ -50,13 +53,32 @@ def test_components_are_those_counted_by_hand(on_80_gb: choice.Plan) -> None:
     assert found["base"].gpu == 2 * BASE
     # Float32 for the optimizer; the side adapter's first column waits for a second round.
     assert found["adapters"].gpu == 4 * client + 2 * PER_RANK
-    scored = 4 * 3 * client - 2 * PER_RANK - on_80_gb.work.peak_bytes
-    assert found["adapter that is scored"].gpu == scored, "rank 32 + (3 - 1) 32, float32"
+    scored = 4 * 3 * client - 2 * PER_RANK  # rank 32 + (3 - 1) 32, float32
+    cache = 1024 * 2 * (32 * 2 * 8 * 128)  # of a prompt; keys and values of 8 heads a layer
+    more = scored + cache - on_80_gb.work.peak_bytes
+    assert found["adapter and KV cache of scoring"].gpu == more
+    in_step = plan(recipe("engine.deepspeed=zero3"), gpus=2)
+    more = scored / 2 + 16 * cache - in_step.work.peak_bytes
+    assert needs(in_step.chosen)["adapter and KV cache of scoring"].gpu == more, "16 prompts"
     assert found["gradients"].gpu == 4 * client
     assert found["optimizer"].gpu == 8 * client
     assert found["client adapters"].disk == 3 * 4 * client
     assert on_80_gb.chosen.fits
     assert on_80_gb.steps == 105
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def test_the_cache_of_generation_is_the_planned_one(make: Callable, tmp_path: Path) -> None:
+    section = ModelSection(path=str(make(tmp_path / "model")), dtype="float32")
+    shaped = footprint.shape_model(
+        section, LoraSection(rank=2), dtype=torch.float32, trains=frozenset("AB"), side_rank=0
+    )
+    model = AutoModelForCausalLM.from_pretrained(section.path)
+    done = model(torch.ones(3, 7, dtype=torch.int64), use_cache=True)
+    kept = sum(
+        x.numel() for layer in done.past_key_values.layers for x in (layer.keys, layer.values)
+    )
+    assert footprint.count_weights(shaped).cached == kept / 21
 
 
 def test_the_side_adapter_grows_with_the_rounds() -> None:

@@ -232,7 +232,10 @@ def test_a_prompt_is_tokenized_as_one_text(
     assert sorted(asked) == sorted(tokenizer(x)["input_ids"] for x in {*prompts})
 
 
+@pytest.mark.parametrize(("batch_size", "tried"), [("auto", [5, 5, 4, 2, 2, 1]), (4, [4, 2, 2, 1])])
 def test_batches_shrink_until_they_fit(
+    batch_size: int | str,
+    tried: list[int],
     model: torch.nn.Module,
     tiny_llama: Path,
     data_dir: str,
@@ -249,10 +252,10 @@ def test_batches_shrink_until_they_fit(
 
     monkeypatch.setattr(model, "generate", with_little_memory)
     section = EvaluationSection(
-        tasks=("fedex_word_problems",), data_dir=data_dir, batch_size="auto"
+        tasks=("fedex_word_problems",), data_dir=data_dir, batch_size=batch_size
     )
     again = evaluate(model, AutoTokenizer.from_pretrained(tiny_llama), section)
-    assert sizes == [5, 5, 4, 2, 2, 1]
+    assert sizes == tried
     written = [
         [sample["resps"] for sample in found["samples"]["fedex_word_problems"]]
         for found in (again, results)
