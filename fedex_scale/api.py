@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,8 @@ def evaluate(
     trust_remote_code: bool = False,
     include_path: PathLike | None = None,
     out: PathLike | None = None,
+    backend: Literal["hf", "vllm"] = "hf",
+    python: str = sys.executable,
 ) -> Scored:
     """Score a run's final model, or any model, with lm-eval, as `fedex-scale evaluate` does.
 
@@ -275,6 +278,8 @@ def evaluate(
         include_path: directory with lm-eval tasks of one's own, which may run code; a run's own
             config cannot ask for it either.
         out: directory to make; none: a new one in the run, or below evaluations/.
+        backend: vllm: by lm-eval's own vLLM backend, in the environment of `python`.
+        python: for vllm: an interpreter that has vLLM, lm-eval and this package.
 
     Raises:
         UserError: an unfinished run, an unknown task, missing rows, or an adapter for another base.
@@ -300,7 +305,14 @@ def evaluate(
         )
     )
     place = Path(_path(out, "out")) if out else subject.out
-    results = post_hoc.score(subject, place)
+    if backend == "vllm":
+        from fedex_scale.scoring import vllm
+
+        results = vllm.score(subject, place, python)
+    elif backend == "hf":
+        results = post_hoc.score(subject, place)
+    else:
+        raise UserError(f"--backend: expected hf or vllm, got {backend!r}; name one")
     return Scored(scores=scores(results), out=place, results=results, known_as=subject.known_as)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -305,6 +306,10 @@ def evaluate(
         Path | None, typer.Option(help="Directory with lm-eval tasks of your own.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make for the results.")] = None,
+    backend: Annotated[str, typer.Option(help="hf, or vllm: lm-eval's own, for GPUs.")] = "hf",
+    python: Annotated[
+        str, typer.Option(help="For vllm: Python of an environment that has it.")
+    ] = sys.executable,
 ) -> None:
     """Score a run's final model, or any model, with lm-eval, as the run itself did."""
     from rich.console import Console
@@ -328,6 +333,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         include_path=include_path,
         out=out,
+        backend=backend,
+        python=python,
     )
     if distributed.is_main():
         console = Console(highlight=False)

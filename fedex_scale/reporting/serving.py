@@ -18,13 +18,18 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
 
 
+def rank_limit(rank: int) -> int | None:
+    """Return the next of vLLM's limits; None above the last."""
+    return next((known for known in VLLM_RANKS if known >= rank), None)
+
+
 def vllm(base: str, adapter: str, rank: int, name: str) -> str | None:
     """Return the command that serves an adapter beside its base; None if it has too many columns.
 
     Args:
         name: by which clients ask for the adapter.
     """
-    room = next((known for known in VLLM_RANKS if known >= rank), None)
+    room = rank_limit(rank)
     if room is None:
         return None
     lora = shlex.quote(f"{name}={adapter}")

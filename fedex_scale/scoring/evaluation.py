@@ -62,7 +62,7 @@ def check_tasks(section: EvaluationSection, positions: int | None = None) -> Non
             if name.endswith((".yaml", ".yml")):
                 hint = "name it by its `task`, and its directory in evaluation.include_path"
             raise UserError(f"evaluation.tasks: unknown task {name}; {hint}")
-    if section.num_fewshot and all(map(_is_ours, section.tasks)):
+    if section.num_fewshot and all(map(is_ours, section.tasks)):
         raise UserError(
             "evaluation.num_fewshot: expected 0 or none, as none of evaluation.tasks is a stock "
             f"task and this project's have no examples, got {section.num_fewshot}"
@@ -245,7 +245,7 @@ def _check_positions(tasks: list[ConfigurableTask], positions: int) -> None:
 def _spec(name: str, section: EvaluationSection, manager: TaskManager, scratch: Path) -> str:
     """Return the task's name, or a YAML that includes a stock task and reads local files."""
     entry = manager.task_index[name]
-    if _is_ours(name) or not entry.yaml_path or not stock_tasks.scored_split(entry.cfg):
+    if is_ours(name) or not entry.yaml_path or not stock_tasks.scored_split(entry.cfg):
         return name
     shots = entry.cfg.get("num_fewshot") if section.num_fewshot is None else section.num_fewshot
     named, root = (section.data or {}).get(name), data_root(section.data_dir)
@@ -258,13 +258,14 @@ def _spec(name: str, section: EvaluationSection, manager: TaskManager, scratch: 
     return str(path)
 
 
-def _is_ours(task: str) -> bool:
+def is_ours(task: str) -> bool:
+    """Tell whether a task comes along."""
     return (TASKS_DIR / f"{task}.yaml").is_file()
 
 
 def _check_files(section: EvaluationSection) -> None:
     for task, files in (section.data or {}).items():
-        if isinstance(files, dict) and _is_ours(task):
+        if isinstance(files, dict) and is_ours(task):
             raise UserError(f"evaluation.data: {task}: expected one file, got {files}; name it")
         for file in files.values() if isinstance(files, dict) else [files]:
             if not Path(str(file)).is_file():
@@ -273,7 +274,7 @@ def _check_files(section: EvaluationSection) -> None:
 
 def _task_manager(section: EvaluationSection) -> TaskManager:
     """Return lm-eval's list of tasks, which tells ours where local rows lie."""
-    ours = all(map(_is_ours, section.tasks))
+    ours = all(map(is_ours, section.tasks))
     return _cached_manager(ours, json.dumps(section.data), section.data_dir, section.include_path)
 
 

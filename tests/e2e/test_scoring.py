@@ -15,6 +15,7 @@ from launching import ROOT, start
 from rows import write_data
 from safetensors.torch import load_file
 
+from fedex_scale.reporting.serving import rank_limit
 from fedex_scale.runtime.distributed import free_port
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.scoring.post_hoc import find_subject, table
@@ -248,3 +249,50 @@ def test_the_paper_s_row_stands_beside_a_score() -> None:
         ["62.62%", ""],
     ]
     assert len(table(results, ("mistralai/Mistral-7B-v0.1", "flora")).columns) == 4
+
+
+def by_vllm(run: Path, data_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """Score with lm-eval's vLLM backend; transformers answer, in vLLM's place."""
+    told = data_dir.parent / "told.json"
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "fake_vllm")))
+    return subprocess.run(
+        [sys.executable, "-m", "fedex_scale.cli", "evaluate", run, "--backend", "vllm", *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": paths,
+            "FEDEX_SCALE_DATA": str(data_dir),
+            "FAKE_VLLM_TOLD": str(told),
+        },
+        cwd=data_dir.parent,
+    )
+
+
+def test_vllm_is_asked_as_we_are(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    own = call("fedex_scale.cli", "evaluate", run, "--out", tmp_path / "hf", data_dir=data_dir)
+    assert own.returncode == 0, own.stderr[-3000:]
+    done = by_vllm(run, data_dir, "--out", tmp_path / "vllm")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{sys.executable} -m lm_eval run --model vllm" in done.stdout
+    assert ours(tmp_path / "vllm") == ours(tmp_path / "hf")
+    results = [json.loads((tmp_path / x / "results.json").read_text()) for x in ("vllm", "hf")]
+    assert scores_of(results[0]) == scores_of(results[1])
+    settings = json.loads((data_dir.parent / "told.json").read_text())
+    rank = json.loads((run / "final/adapter/adapter_config.json").read_text())["r"]
+    assert settings["enable_lora"]
+    assert settings["max_lora_rank"] == rank_limit(rank)
+
+
+def test_what_vllm_cannot_do_is_one_line(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    for python in (bare, tmp_path / "none"):
+        done = by_vllm(run, data_dir, "--python", python, "--out", tmp_path / "out")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: --python: {python} lacks ")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
