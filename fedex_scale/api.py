@@ -173,8 +173,8 @@ def aggregate(
     job = Job(
         base=_path(base, "base"),
         out=Path(_path(out, "out")),
-        clients=tuple(Path(_path(client, "clients")) for client in _listed(clients)),
-        weights=None if weights is None else tuple(weights),
+        clients=tuple(Path(_path(client, "clients")) for client in _listed(clients, "clients")),
+        weights=None if weights is None else tuple(_listed(weights, "weights")),
         method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
         section=AggregateSection(fold=fold, side_rank=side_rank, robust=robust),
         dtype=dtype,
@@ -223,13 +223,13 @@ def aggregate_layer(
     from fedex_scale.methods.interface import MethodConfig
 
     config = MethodConfig(**method)
-    if not (math.isfinite(scaling) and scaling > 0):
+    if not (isinstance(scaling, int | float) and math.isfinite(scaling) and scaling > 0):
         raise UserError(f"scaling: expected a number above 0, alpha / R, got {scaling}")
     if METHODS[config.name].one_client or config.name == "full":
         raise UserError(f"method.name: {config.name} aggregates no adapters; choose another")
-    if not 0 <= seed < 2**63:
+    if not (isinstance(seed, int) and 0 <= seed < 2**63):
         raise UserError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
-    given = [pair_of(pair, f"client {k}") for k, pair in enumerate(pairs)]
+    given = [pair_of(pair, f"client {k}") for k, pair in enumerate(_listed(pairs, "pairs"))]
     if not given:
         raise UserError("pairs: expected at least one client's A and B, got none")
     for k, pair in enumerate(given):
@@ -289,7 +289,7 @@ def evaluate(
     from fedex_scale.scoring.evaluation import scores
 
     asked = {
-        "tasks": tuple(_listed(suite)),
+        "tasks": tuple(_listed(suite, "suite")),
         "limit": limit,
         "data_dir": data_dir,
         "num_fewshot": num_fewshot,
@@ -381,9 +381,13 @@ def plan(
     return make_plan(settings, describe_machine(gpus, gpu_memory, host_memory, nvme, tflops))
 
 
-def _listed(given: Any) -> Any:
+def _listed(given: Any, name: str) -> Iterable[Any]:
     """Take one for a list of one."""
-    return [given] if isinstance(given, str | os.PathLike) else given
+    if isinstance(given, str | os.PathLike):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise UserError(f"{name}: expected a list, got {given!r}; give one")
+    return given
 
 
 def _path(given: Any, name: str) -> str:

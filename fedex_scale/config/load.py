@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -35,11 +35,15 @@ def load_config(
             All problems that can be seen at once are named at once.
     """
     tree = _tree(source)
+    if not isinstance(overrides, Iterable | None):
+        raise UserError(f"overrides: expected a list or a mapping, got {shown(overrides)}")
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
             _set(tree, str(name), deepcopy(value), name)
     else:
         for override in [overrides] if isinstance(overrides, str) else overrides or ():
+            if not isinstance(override, str):
+                raise UserError(f"override: expected section.key=value, got {shown(override)}")
             _apply_override(tree, override)
     return Config(**{str(name): _section(value) for name, value in tree.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -22,12 +23,12 @@ from fedex_scale.runtime.errors import UserError
 S = TypeVar("S", bound="Section")
 
 
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
 def _as_number(value: Any) -> Any:
     """Parse a number that is given as text: YAML 1.1 reads 5e-4 so."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
 
 
 def _as_tuple(value: Any) -> Any:

@@ -121,7 +121,7 @@ class ChatEncoder:
             UserError: the assistant's tokens cannot be told, or the template leaves something out.
         """
         text = self._render(turns, tools)
-        self._check_tools(text, turns, tools)
+        self._check_shown(text, turns, tools)
         spans = list(self._spans(text, turns, tools))
         tokens, trained = self._marks.tokens(text, [(begin, end) for begin, _, end in spans])
         answered = turns[-1]["role"] == "assistant" and turns[-1].get("weight") != 0
@@ -161,27 +161,26 @@ class ChatEncoder:
                 )
             yield len(asked), words_end, end
 
-    def _check_tools(self, text: str, turns: Turns, tools: Tools | None) -> None:
-        """Raise a UserError for tools, calls and results of which the template takes no notice."""
+    def _check_shown(self, text: str, turns: Turns, tools: Tools | None) -> None:
+        """Raise a UserError for tools, and for what a turn says, that the template leaves out."""
         if tools and self._render(turns, None) == text:
             self._refuse("the row's tools")
+        whats = {"tool": "what a tool gave", "system": "the system's", "user": "the user's"}
         for number, turn in enumerate(turns):
             called, role = turn.get("tool_calls"), turn["role"]
-            if not called and role != "tool":
+            if not called and (role == "assistant" or turn["content"].strip() in text):
                 continue
             other = (
                 {"tool_calls": _renamed(called)} if called else {"content": f"{turn['content']}."}
             )
             others = [*turns[:number], turn | other, *turns[number + 1 :]]
             if self._render(others, tools) == text:
-                self._refuse(
-                    f"turn {number + 1}, {'a tool call' if called else 'what a tool gave'}"
-                )
+                self._refuse(f"turn {number + 1}, {'a tool call' if called else whats[role]}")
 
     def _refuse(self, what: str) -> None:
         raise UserError(
-            f"the chat template does not show {what}; set data.chat_template to one that knows "
-            "tools, or take the row out"
+            f"the chat template does not show {what}; set data.chat_template to one that does, or "
+            "take the row out"
         )
 
 

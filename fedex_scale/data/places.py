@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import load_dataset
 
 from fedex_scale.config.words import named, shown
 from fedex_scale.runtime.errors import UserError
@@ -25,10 +22,10 @@ STEPS[list(b"[{")], STEPS[list(b"]}")] = 1, -1
 def place_of(files: Sequence[str], index: int) -> str:
     """Return where the row of this index, counted over all files, stands.
 
-    A row of JSON lines has a line; of other files, and of a hub's dataset (no files), a number.
+    A row of JSON lines or CSV has a line; of others, and of a hub's dataset (no files), a number.
     """
     for file in files:
-        if Path(file).suffix == ".jsonl":
+        if Path(file).suffix in (".jsonl", ".csv"):
             lines = _numbers_of_rows(file)
             if index < len(lines):
                 return f"{named(file)}: line {lines[index]}"
@@ -106,7 +103,7 @@ def _check_depth(raw: bytes, file: str, number: int) -> None:
 
 def blame(file: str) -> None:
     """Raise a UserError for the first line that is not JSON, in a file that `check_file` passed."""
-    lines = _lines(file) if Path(file).suffix == ".jsonl" else [(0, Path(file).read_bytes())]
+    lines = lines_of(file) if Path(file).suffix == ".jsonl" else [(0, Path(file).read_bytes())]
     for number, raw in lines:
         where = f"{named(file)}: line {number}" if number else named(file)
         try:
@@ -123,167 +120,30 @@ def blame(file: str) -> None:
             )
 
 
-def read_json(files: Sequence[str], source: str) -> Dataset:
-    """Return the rows of JSON, or JSON lines, with its texts as they stand there.
-
-    The reader of `datasets` takes a text that looks like a date for one, and writes it anew.
-
-    Raises:
-        UserError: the rows cannot be read, or are of several forms.
-    """
-    stats = [Path(file).stat() for file in files]
-    # What is cached is known by these: a changed file is read anew.
-    stamps = [
-        (str(Path(file).resolve()), x.st_size, x.st_mtime_ns)
-        for file, x in zip(files, stats, strict=True)
-    ]
-    known = {"files": list(files), "stamps": stamps}
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come as exceptions, too
-    try:
-        rows = Dataset.from_generator(_like_rows_of, gen_kwargs=known)
-    except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data: cannot load {source} ({why}); look at the file") from None
-    if not len(rows):
-        raise UserError(f"{source}: expected at least one row, got none; name other data")
-    return rows
-
-
-def _like_rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows while each has the columns of the first, and their types.
-
-    Those of the first thousand rows are the table's: later others would be left out, or rewritten.
-    """
-    types: dict[str, type] | None = None
-    for row in _rows_of(files, stamps):
-        if types is None:
-            types = dict.fromkeys(row, type(None))
-        if row.keys() != types.keys():
-            raise ValueError("rows of several columns")
-        for key, value in row.items():
-            if value is not None and types.setdefault(key, type(value)) is not type(value):
-                if types[key] is not type(None):
-                    raise ValueError("a column of several types")
-                types[key] = type(value)
-        yield row
-
-
-def _rows_of(files: Sequence[str], stamps: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        if Path(file).suffix == ".json":
-            try:
-                whole = json.loads(Path(file).read_bytes())
-                yield from whole if isinstance(whole, list) else [whole]
-                continue
-            except json.JSONDecodeError as error:
-                if not error.msg.startswith("Extra data"):
-                    raise
-        yield from (json.loads(raw) for _, raw in _lines(file))
-
-
-def read_lines(files: Sequence[str]) -> Dataset:
-    """Return the rows of JSON that `blame` found nothing wrong with, one after another.
-
-    For rows of which some have keys that others lack, within a turn too: `datasets` may refuse
-    them, as it decides on the first ones.
-
-    Raises:
-        UserError: a column holds values of several types, or what is half a character.
-    """
-    rows = list(_rows_of(files, ()))
-    if not rows:
-        raise UserError(f"{named(files[0])}: expected at least one row, got none; name other data")
-    for index, row in enumerate(rows):
-        _check_row(row, files, index)
-    keys = dict.fromkeys(key for row in rows for key in row)
-    columns = {key: [_flat(row.get(key), key) for row in rows] for key in keys}
-    for name, values in columns.items():
-        first = next((value for value in values if value is not None), None)
-        try:
-            pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            odd = next(i for i, value in enumerate(values) if not _go_together(first, value))
-            raise UserError(
-                f"{place_of(files, odd)}: expected {named(name)} to be as in the rows before it "
-                f"({shown(first)}), got {shown(values[odd])}; bring all rows to one form"
-            ) from None
-    return Dataset.from_dict(columns)
-
-
-def csv_as_text(file: str) -> dict[str, Any]:
-    """Return how `datasets` reads CSV so that a cell is what stands there, and an empty one null.
-
-    A type that is guessed for a column would write its cells anew, `01234` as `1234`.
-    """
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            columns = next(filter(None, csv.reader(lines)), [])
-    except csv.Error:
-        return {}  # the reader says what is wrong
-    texts = Features({column: Value("string") for column in columns})
-    return {"features": texts, "keep_default_na": False, "na_values": [""]}
-
-
-def _check_row(row: Any, files: Sequence[str], index: int) -> None:
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{place_of(files, index)}: expected a row with named columns, got {shown(row)}; "
-            "correct it"
-        )
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])[1:-1]
-        raise UserError(
-            f"{place_of(files, index)}: expected characters, got half of one ({half}); correct it"
-        ) from None
-
-
-def _flat(value: Any, column: str) -> Any:
-    """Return turns whose content is a list of texts with the texts joined.
-
-    Tools and calls, of which each has other keys, become text, as a column has one type.
-    """
-    if not isinstance(value, list):
-        return value
-    if column == "tools":
-        return json.dumps(value)
-    return [_flat_turn(turn) if isinstance(turn, dict) else turn for turn in value]
-
-
-def _flat_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    flat = dict(turn)
-    if "content" in turn:
-        flat["content"] = text_of(turn["content"])
-    if isinstance(turn.get("tool_calls"), list):
-        flat["tool_calls"] = json.dumps(turn["tool_calls"])
-    return flat
-
-
-def text_of(content: Any) -> Any:
-    """Return a turn's content as text, where it is a list of parts that are all text."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
-        return "".join(str(part.get("text") or "") for part in content)
-    return content
-
-
-def _go_together(one: Any, other: Any) -> bool:
-    try:
-        pa.array([one, other])
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return False
-    return True
-
-
-def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+def lines_of(file: str) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that hold something, with their numbers."""
     with Path(file).open("rb") as lines:
         yield from ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
 
 
+def csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of CSV that hold something, the header first, with the line each ends on.
+
+    Raises:
+        UserError: it is not CSV.
+    """
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with Path(file).open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.reader(lines, strict=True)
+        try:
+            yield from ((reader.line_num, cells) for cells in reader if cells)
+        except csv.Error as error:
+            raise UserError(
+                f"{named(file)}: line {reader.line_num}: not valid CSV ({error}); correct it"
+            ) from None
+
+
 def _numbers_of_rows(file: str) -> list[int]:
-    return [number for number, _ in _lines(file)]
+    if Path(file).suffix == ".csv":
+        return [number for number, _ in csv_rows(file)][1:]
+    return [number for number, _ in lines_of(file)]

@@ -20,6 +20,7 @@ from fedex_scale.config.sites import SUFFIXES, Site, check_sites, find_sites
 from fedex_scale.config.words import named, shown
 from fedex_scale.data import places
 from fedex_scale.data.prompts import Schema, recognise, schema_of
+from fedex_scale.data.textfiles import read_texts
 from fedex_scale.runtime.errors import UserError
 
 DATA_DIR_VARIABLE = "FEDEX_SCALE_DATA"
@@ -245,17 +246,9 @@ def _read_files(files: Sequence[str], source: str, key: str) -> Dataset:
         raise UserError(f"{named(source)}: expected at least one row, got none; name other data")
     for file in files if kinds[0] != ".parquet" else ():
         places.check_file(file)
-    if kinds[0] not in (".json", ".jsonl"):
-        how = places.csv_as_text(files[0]) if kinds[0] == ".csv" else {}
-        return load(
-            source, "look at the file", kinds[0][1:], data_files=list(files), split="train", **how
-        )
-    try:
-        return places.read_json(files, source)
-    except UserError:
-        for file in files:
-            places.blame(file)
-    return places.read_lines(files)
+    if kinds[0] != ".parquet":
+        return read_texts(files)
+    return load(source, "look at the file", "parquet", data_files=list(files), split="train")
 
 
 def _read_hub(config: DataConfig) -> Dataset:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedex_scale.config.words import named, shown
-from fedex_scale.data.places import text_of
+from fedex_scale.data.textfiles import text_of
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
@@ -33,8 +33,10 @@ def turns_of(row: Mapping[str, Any], column: str) -> Turns:
         raise UserError(f"expected a list of turns in {column}, got {shown(told)}; correct it")
     turns = [_turn(turn, number) for number, turn in enumerate(told, 1)]
     _check_order(turns)
-    before = row.get("system")
-    if not isinstance(before, str) or not before.strip():
+    before = text_of(row.get("system"))
+    if before is not None and not isinstance(before, str):
+        raise UserError(f"system: expected text, got {shown(before)}; correct it")
+    if not before or not before.strip():
         return turns
     if turns[0]["role"] != "system":
         return [{"role": "system", "content": before}, *turns]

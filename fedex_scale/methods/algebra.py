@@ -83,7 +83,7 @@ def normalise_weights(weights: Iterable[float]) -> list[float]:
     """
     try:
         weight_K = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError("weights: expected numbers, one a client; correct them") from None
     for client, weight in enumerate(weight_K):
         if not (math.isfinite(weight) and weight >= 0):

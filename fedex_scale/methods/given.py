@@ -16,6 +16,8 @@ def pair_of(given: Any, name: str) -> Pair:
     factors = tuple(given) if isinstance(given, Iterable) else ()
     if len(factors) != 2 or not all(isinstance(x, torch.Tensor) for x in factors):
         raise UserError(f"{name}: expected two tensors, A and B, got {type(given).__name__}")
+    if any(x.is_sparse or x.is_meta for x in factors):
+        raise UserError(f"{name}: expected dense tensors with numbers, got {factors}; make them so")
     if not all(x.is_floating_point() for x in factors):
         raise UserError(f"{name}: expected tensors of a float dtype, got {factors[0].dtype}")
     A_RI, B_OR = (x.detach().float() if x.itemsize == 1 else x.detach() for x in factors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -107,24 +107,31 @@ def write_answers(run: RunDir, round: int, prompts: Sequence[str], given: Sequen
 
 
 def page(
-    prompts: Sequence[str], before: Sequence[str] | None, after: Sequence[str], round: int
+    prompts: Sequence[str], before: Mapping[str, str] | None, after: Sequence[str], round: int
 ) -> str:
-    """Return Markdown with a table a prompt."""
+    """Return Markdown with a table a prompt.
+
+    Args:
+        before: by prompt; none of it for one that was not asked then.
+    """
     after_name = f"after round {round}" if round else "before training"
     lines = ["# Answers", ""]
     for number, (prompt, answer) in enumerate(zip(prompts, after, strict=True)):
         heads, cells = [after_name], [answer]
         if before is not None:
-            heads, cells = ["before training", after_name], [before[number], answer]
+            heads, cells = (
+                ["before training", after_name],
+                [before.get(prompt, "not asked"), answer],
+            )
         lines += [f"## {number + 1}. {_cell(prompt)}", "", f"| {' | '.join(heads)} |"]
         lines += ["|---" * len(heads) + "|", f"| {' | '.join(map(_cell, cells))} |", ""]
     return "\n".join(lines)
 
 
-def _read(file: Path) -> list[str]:
+def _read(file: Path) -> dict[str, str]:
     with reading(file, "delete it, and the answers before training are not shown"):
         lines = file.read_text(encoding="utf-8").splitlines()
-        return [str(json.loads(line)["answer"]) for line in lines]
+        return {str(row["prompt"]): str(row["answer"]) for row in map(json.loads, lines)}
 
 
 def _cell(text: str) -> str:

@@ -146,6 +146,11 @@ def test_a_system_column_is_the_first_turn(small: PreTrainedTokenizerBase):
     with_it, without, both = encode(rows, CHAT, small, max_length=512)
     assert small.decode(with_it["input_ids"]).startswith("<|im_start|>system\nthe mat<|im_end|>")
     assert with_it["input_ids"] == both["input_ids"] != without["input_ids"]
+    parts = {"system": [{"type": "text", "text": "the mat"}], "messages": own[1:]}
+    assert encode([parts], CHAT, small, max_length=512)[0]["input_ids"] == both["input_ids"]
+    for odd in (5, ["the mat"], {"role": "system", "content": "the mat"}):
+        with pytest.raises(UserError, match="system: expected text, got"):
+            encode([{"system": odd, "messages": own[1:]}], CHAT, small, max_length=512)
     with pytest.raises(UserError, match="system: expected the same text as in the system turn of"):
         encode([{"system": "a cat", "messages": own}], CHAT, small, max_length=512)
 
@@ -304,3 +309,14 @@ def test_templates_that_do_not_mark_the_assistant(
     with pytest.raises(UserError, match=message) as caught:
         ChatEncoder(template, small).encode([user("a"), assistant("b")])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_turn_that_the_template_leaves_out_is_refused(role: str, small: PreTrainedTokenizerBase):
+    small.chat_template = (
+        "{% for m in messages %}{% if m.role != '" + role + "' %}[{{ m.role }}]{{ m.content }}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    turns = [{"role": "system", "content": "the mat"}, user("a cat"), assistant("12")]
+    with pytest.raises(UserError, match=f"does not show turn ., the {role}'s"):
+        encode([{"messages": turns}], CHAT, small, max_length=512)

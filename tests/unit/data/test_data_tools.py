@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from fedex_scale.config.learning import DataConfig
 from fedex_scale.data.chat import template_of
 from fedex_scale.data.encode import encode
-from fedex_scale.data.places import read_lines
 from fedex_scale.data.prompts import Schema
 from fedex_scale.data.sources import load_pool
+from fedex_scale.data.textfiles import read_whole
 from fedex_scale.runtime.errors import UserError
 
 CHAT = Schema(None, "", turns="messages", as_chat=True, chat_template="chatml")
@@ -180,7 +180,7 @@ def test_each_row_of_a_file_keeps_its_own_tools(
     path.write_text(lines if suffix == ".jsonl" else json.dumps(rows))
     reads = [load_pool(DataConfig(path=str(path)), seed=0).rows]
     if suffix == ".jsonl":
-        reads.append(read_lines([str(path)]))  # where `datasets` gives up
+        reads.append(read_whole([str(path)]))  # where `datasets` gives up
     for read in reads:
         for row, expected in zip(read, rows, strict=True):
             one, other = (encode([each], CHAT, small, max_length=4096) for each in (row, expected))

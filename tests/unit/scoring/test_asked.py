@@ -60,10 +60,16 @@ def test_prompts_that_cannot_be_read(content: bytes | None, message: str, tmp_pa
 
 
 def test_the_page_shows_text_and_not_what_it_says() -> None:
-    shown = page(["<img>"], ["a|b\n# c"], ["\x1b[31m`x`"], 1)
+    shown = page(["<img>"], {"<img>": "a|b\n# c"}, ["\x1b[31m`x`"], 1)
     assert "\x1b" not in shown
     assert "## 1. &lt;img&gt;" in shown
     assert "| a&#124;b<br># c | &#92;x1b&#91;31m&#96;x&#96; |" in shown
+
+
+def test_prompts_that_were_not_asked_before_say_so() -> None:
+    shown = page(["new", "old"], {"old": "one"}, ["two", "three"], 2)
+    assert "| not asked | two |" in shown
+    assert "| one | three |" in shown
 
 
 def test_a_short_context_keeps_room_for_the_prompt() -> None:
