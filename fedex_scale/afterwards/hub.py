@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from fedex_scale.federation import checkpoint
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.reporting import card
@@ -31,11 +33,12 @@ def push(run: RunDir, hub_id: str, *, base: str | None = None, private: bool = F
         private: make a new one visible to its owner only.
 
     Raises:
-        UserError: an adapter that needs a changed base, a base that nobody else has, no token, or
-            what the hub answers; nothing is changed there, unless it took the name and not the
-            files.
+        UserError: a damaged file, an adapter that needs a changed base, a base that nobody else
+            has, no token, or what the hub answers; nothing is changed there, unless it took the
+            name and not the files.
     """
     adapter = _adapter(run)
+    _check_whole(run, adapter)
     config = Adapter(adapter).config
     base = base or config["base_model_name_or_path"]
     _check_ids(hub_id, base)
@@ -80,6 +83,19 @@ def _adapter(run: RunDir) -> Path:
             "hf upload OWNER/NAME merged"
         )
     return run.final / "adapter"
+
+
+def _check_whole(run: RunDir, adapter: Path) -> None:
+    """Raise a UserError where the adapter, or what the report is made of, is not as it was written.
+
+    Where the run's checkpoints were taken away, nobody knows.
+    """
+    for number in checkpoint.numbers(run)[-1:]:
+        last = checkpoint.read(run, number)
+        folder = adapter.relative_to(run.path)
+        own = {name: entry for name, entry in last.files.items() if Path(name).parent == folder}
+        for problem in checkpoint.damaged(run, replace(last, files=own), deep=True).values():
+            raise UserError(f"{problem}; fedex-scale run --resume makes it again")
 
 
 def _check_ids(hub_id: str, base: str) -> None:

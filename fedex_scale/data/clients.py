@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedex_scale.data.holdout import AUTO_SHARE, by_default, hold_out
 from fedex_scale.data.partition import describe, split
 from fedex_scale.data.prompts import schema_of
 from fedex_scale.data.sources import Pool, load_pool, load_sites, read_held_out
+from fedex_scale.data.turns import TURN_KEYS
 from fedex_scale.methods.all import METHODS
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.seeds import derive_seed
@@ -179,10 +180,24 @@ def _not_used(pools: Sequence[Pool], config: Config) -> str | None:
     names = {x: None for pool in pools for x in pool.rows.column_names}
     schema = schema_of(config.data, pools[0].schema, tuple(names))
     left = [named(x) for x in names if x not in (*schema.used, config.partition.column)]
+    if schema.turns:
+        keys = {key: None for pool in pools for key in _keys_of_turns(pool, schema.turns)}
+        left += [named(f"{schema.turns}.{key}") for key in keys if key not in TURN_KEYS]
     if not left:
         return None
     more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
     return f"data: not used of its columns: {', '.join(left[:LISTED])}{more}"
+
+
+def _keys_of_turns(pool: Pool, column: str) -> Iterable[str]:
+    """Return the keys that a chat's turns have; turns that are none are told of later."""
+    if column not in pool.rows.features:
+        return ()
+    turn = getattr(pool.rows.features[column], "feature", None)
+    if isinstance(turn, dict):
+        return turn
+    turns = (turn for chat in pool.rows[column] if isinstance(chat, list) for turn in chat)
+    return dict.fromkeys(key for turn in turns if isinstance(turn, dict) for key in turn)
 
 
 def _told_of_rows(key: str, examples: Examples, config: Config) -> str | None:

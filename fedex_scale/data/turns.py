@@ -19,6 +19,8 @@ _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "ass
 _ROLES |= {"gpt": "assistant", "tool": "tool"}
 _ALSO = {"developer": "system", "observation": "tool", "function_call": "assistant"}
 _AFTER = {"user": "assistant", "assistant": "user", "tool": "assistant"}
+TURN_KEYS = frozenset("role content from value weight name tool_calls tool_call_id".split())
+"""Those of a turn that are looked at; `function_call` is refused."""
 _REWRITE = "take the row out or rewrite it"
 
 

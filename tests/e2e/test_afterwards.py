@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,6 +173,19 @@ def test_push_lets_others_load_it(run: Path, hub: Hub, tiny_llama: Path, tmp_pat
     assert "vllm serve org/base --enable-lora --max-lora-rank" in card
     assert str(tiny_llama) not in card
     assert b"<html" in files["report.html"]
+
+
+@pytest.mark.parametrize("name", ["final/exact_adapter/adapter_model.safetensors", "metrics.jsonl"])
+def test_what_is_damaged_is_not_pushed(run: Path, hub: Hub, name: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run" / name).open("r+b") as file:
+        file.seek(-3, os.SEEK_END) if name.startswith("final") else file.seek(40)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    done = pushed(tmp_path / "run", "me/mine", "--base", "org/base")
+    assert (done.returncode, hub.files) == (2, {})
+    assert re.fullmatch(rf"error: .*{name}: damaged: .*--resume makes it again\n", done.stderr)
 
 
 def test_what_the_hub_refuses_is_one_line(run: Path, hub: Hub) -> None:

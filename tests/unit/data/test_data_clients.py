@@ -377,6 +377,14 @@ def test_what_one_file_alone_has_is_trained(first: str, suffix: str, tmp_path: P
     assert len(trained) == 2
 
 
+def test_keys_of_turns_that_nobody_looks_at_are_told(tmp_path: Path):
+    user, answer = RECOGNISED["chat"]["messages"]
+    turns = [user, answer | {"reasoning_content": "so", "weight": 1}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns, "id": i} for i in range(3)])
+    notes = read(data={"path": path, "chat_template": "zephyr"}).notes
+    assert "data: not used of its columns: id, messages.reasoning_content" in notes
+
+
 def test_a_turn_that_is_no_text_is_refused_wherever_it_stands(tmp_path: Path):
     good, bad = (
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": x}] for x in ("b", 5)
