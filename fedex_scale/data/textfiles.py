@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,15 +144,13 @@ def read_whole(files: Sequence[str]) -> Dataset:
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [_flat(row.get(key), key) for row in rows] for key in keys}
     for name, values in columns.items():
-        first = next((value for value in values if value is not None), None)
-        try:
-            pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            odd = next(i for i, value in enumerate(values) if not _go_together(first, value))
+        if not _go_together(values):
+            odd = bisect(range(1, len(values)), 0, key=lambda n: not _go_together(values[:n]))
+            first = next((value for value in values if value is not None), None)
             raise UserError(
                 f"{place_of(files, odd)}: expected {named(name)} to be as in the rows before it "
                 f"({shown(first)}), got {shown(values[odd])}; bring all rows to one form"
-            ) from None
+            )
     return Dataset.from_dict(columns)
 
 
@@ -200,9 +199,11 @@ def text_of(content: Any) -> Any:
     return content
 
 
-def _go_together(one: Any, other: Any) -> bool:
+def _go_together(values: Sequence[Any]) -> bool:
+    if len({isinstance(x, bool) for x in values if isinstance(x, int | float)}) > 1:
+        return False  # Arrow would make true 1.0
     try:
-        pa.array([one, other])
+        pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return False
     return True

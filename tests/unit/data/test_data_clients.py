@@ -414,6 +414,11 @@ def test_a_file_that_changed_is_read_anew(tmp_path: Path):
         ("a.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}\n', "line 1: 'prompt' is"),
         ("a.jsonl", "{}\n{}\n", r"line 1: expected a row with named columns, got {}"),
         ("a.jsonl", '{"text": "a", "n": 36893488147419103232}\n', "line 1: expected n to be"),
+        (
+            "a.jsonl",
+            '{"a": {"b": 1}}\n{"a": {"c": 1}}\n{"a": {"c": "x"}}\n',
+            "line 3: expected a to",
+        ),
     ],
 )
 def test_rows_that_say_less_or_more_than_they_seem_are_refused(
