@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fedex-scale {fedex_scale.__version__}")
+        print(f"fedex-scale {fedex_scale.__version__}")
         raise typer.Exit
 
 
@@ -75,12 +75,12 @@ def recipes(
     if name is None and out is not None:
         raise UserError("recipes: --out copies a recipe; name one before it, such as quickstart")
     if out is not None:
-        typer.echo(copy(name, out))
+        print(copy(name, out))
     elif name is not None:
-        typer.echo(text_of(name), nl=False)
+        print(text_of(name), end="")
     else:
         for recipe in recipes():
-            typer.echo(f"{recipe.name}\n    {recipe.purpose}\n    {recipe.hardware}")
+            print(f"{recipe.name}\n    {recipe.purpose}\n    {recipe.hardware}")
 
 
 @app.command("config")
@@ -107,14 +107,16 @@ def show_settings(
         )
     if check is not None:
         load_config(check, overrides or [])
-        typer.echo(
+        print(
             one_line(
                 f"{check}: no mistake in its settings; fedex-scale doctor looks at the machine, "
                 "and fedex-scale data at the rows"
             )
         )
     else:
-        typer.echo(describe.explain(explain) if explain else describe.template(), nl=bool(explain))
+        print(
+            describe.explain(explain) if explain else describe.template(), end="\n" * bool(explain)
+        )
 
 
 @app.command("data")
@@ -247,7 +249,7 @@ def doctor(
     failed = False
     for finding in examine(settings):
         failed |= finding.fatal
-        typer.echo(readable(finding))
+        print(readable(finding))
     raise typer.Exit(int(failed))
 
 
@@ -269,7 +271,7 @@ def export(
     line = f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}"
     if merged and dtype != "float32" and done.error > 0.01:
         line += ", as the base's numbers round what was trained; --dtype float32 keeps it"
-    typer.echo(one_line(line))
+    print(one_line(line))
 
 
 @app.command()
@@ -375,7 +377,7 @@ def report(
     from fedex_scale.reporting.page import write_report
 
     page = write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison")))
-    typer.echo(one_line(page))
+    print(one_line(page))
 
 
 sites.add_to(app)

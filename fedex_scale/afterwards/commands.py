@@ -63,4 +63,4 @@ def push(
         from fedex_scale.afterwards import hub
 
         address = hub.push(there, hub_id, base=base, private=private)
-    typer.echo(address)
+    print(address)

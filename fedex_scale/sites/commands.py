@@ -58,7 +58,7 @@ def server_round(
         load_federation(config, overrides)
     from fedex_scale.sites.server_round import server_round
 
-    server_round(run, config, overrides, say=typer.echo)
+    server_round(run, config, overrides, say=print)
 
 
 @federate.command("init")
@@ -89,7 +89,7 @@ def init_app(
         command=command,
         deadline_s=deadline,
     )
-    typer.echo(f"{app}: FLWR_HOME={app}/.flwr flwr run {app} --stream")
+    print(f"{app}: FLWR_HOME={app}/.flwr flwr run {app} --stream")
 
 
 @federate.command("keys")
@@ -104,4 +104,4 @@ def make_keys(
     from fedex_scale.sites.app_directory import write_keys
 
     write_keys(out, host, sites)
-    typer.echo(f"{out}: ca.pem is for every site, ca.key for nobody")
+    print(f"{out}: ca.pem is for every site, ca.key for nobody")

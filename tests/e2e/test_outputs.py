@@ -179,6 +179,24 @@ def test_a_closed_pipe_does_not_end_the_work(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_pipe_that_was_closed_before_a_word_is_no_error(locale: str) -> None:
+    """click writes past the stream that lasts where the locale is ASCII, and ends with 1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedex_scale.cli", "config"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": locale, "PYTHONUTF8": "0"},
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "standard output was closed" in done.stderr
+
+
 def test_a_stale_build_lock_is_named(tmp_path: Path, monkeypatch, caplog) -> None:
     from fedex_scale.engine.build_lock import naming_stale_locks
 
