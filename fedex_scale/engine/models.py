@@ -37,6 +37,7 @@ from fedex_scale.tasks.interface import CAUSAL, ModelKind
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "model_configs"
+MOST_LAYERS = 2000
 _DIGESTED = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -129,7 +130,8 @@ def positions(section: ModelSection) -> int | None:
     """Return the number of tokens that the model can read at once; None where it does not say."""
     config = base_config(section)
     names = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
-    most = next((getattr(config, x) for x in names if getattr(config, x, None)), None)
+    told = (getattr(config, x, None) for x in names)
+    most = next((number for number in told if number is not None), None)
     if most is not None and config.model_type in ("camembert", "roberta", "xlm-roberta"):
         return most - config.pad_token_id - 1  # where they begin to count
     return most
@@ -209,6 +211,12 @@ def base_config(
         UserError: it cannot be had, or read.
     """
     config = _plain_config(section, offline=offline)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > MOST_LAYERS:  # to make them all would take hours
+        raise UserError(
+            f"model: expected a config.json of at most {MOST_LAYERS:,} layers, got {layers:,}; "
+            "bring the model anew"
+        )
     for key, value in kind.settings.items():
         if key != "pad_token_id" or getattr(config, key, None) is None:
             setattr(config, key, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_another_models_tokenizer_is_one_line(
     assert ended.value.code == 2
     assert "expected tokens below its vocabulary's size, 97, got token" in capsys.readouterr().err
     assert not (runs_of(tiny_config) / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 100_000}, "expected a config.json of at most 2,000 layers, got 100"),
+        ({"max_position_embeddings": 0}, "with more positions than the 64 tokens of an answer"),
+        ({"num_attention_heads": 0}, "model.config: cannot read"),
+    ],
+)
+def test_a_model_of_sizes_that_cannot_be_is_one_line(
+    sizes: dict, message: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "llama", **SIZES, "vocab_size": VOCABULARY, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = [f"model={{config: {tmp_path}, random: true}}"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--config", str(tiny_config), "run.name=bad", *options])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize(("model", "most"), [("gpt2", 32), ("roberta", 29)])
