@@ -25,7 +25,6 @@ from typing import Any
 from damage import damage
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from hypothesis.errors import FlakyStrategyDefinition
 
 LIMIT_S = 30
 
@@ -41,6 +40,7 @@ def main(base: str, run: str, folder: str, count: str, number: str, seconds: str
     cases = commands(Path(base), Path(run), Path(folder))
     usual = {name: observe(name, *case, None)["extra_bytes"] for name, case in cases.items()}
 
+    @seed(int(number))
     @settings(
         max_examples=int(count),
         deadline=None,
@@ -58,11 +58,7 @@ def main(base: str, run: str, folder: str, count: str, number: str, seconds: str
         print(json.dumps({"command": name, **seen}), flush=True)
 
     with suppress(Over):
-        for again in range(100):
-            # A file may not be as it was when hypothesis drew the same before.
-            with suppress(FlakyStrategyDefinition):
-                seed(int(number) + again)(fuzz)()
-                break
+        fuzz()
 
 
 class Over(KeyboardInterrupt):  # which hypothesis lets through
