@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from fedex_scale.cli import main
 from fedex_scale.config.load import load_config
-from fedex_scale.config.recipes import copy, recipes
+from fedex_scale.config.recipes import copy, recipes, text_of
 from fedex_scale.config.settings import Config
 from fedex_scale.config.shipped import locate, names_of, shipped
 from fedex_scale.engine.ds_config import read_settings
@@ -123,7 +124,8 @@ def test_a_copy_runs_and_completes_in_an_editor(elsewhere: Path) -> None:
         lines = file.read_text(encoding="utf-8").splitlines()
         schema = lines[0].partition("$schema=file://")[2]
         assert json.loads(Path(schema).read_text(encoding="utf-8"))["title"]
-        assert lines[1] == f"# fedex-scale run --config {file}"
+        assert shlex.split(lines[1]) == ["#", "fedex-scale", "run", "--config", str(file)]
+        assert text_of(name).splitlines()[0] == lines[0]
 
 
 def test_a_copy_never_overwrites(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
