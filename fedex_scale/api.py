@@ -6,7 +6,6 @@ purpose. Nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedex_scale.runtime.arguments import listed, path_of
 from fedex_scale.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -171,10 +171,10 @@ def aggregate(
     from fedex_scale.config.federation import AggregateSection, MethodConfig
 
     job = Job(
-        base=_path(base, "base"),
-        out=Path(_path(out, "out")),
-        clients=tuple(Path(_path(client, "clients")) for client in _listed(clients, "clients")),
-        weights=None if weights is None else tuple(_listed(weights, "weights")),
+        base=path_of(base, "base"),
+        out=Path(path_of(out, "out")),
+        clients=tuple(Path(path_of(client, "clients")) for client in listed(clients, "clients")),
+        weights=None if weights is None else tuple(listed(weights, "weights")),
         method=MethodConfig(name=method, assign=assign, svd_rank=svd_rank),
         section=AggregateSection(fold=fold, side_rank=side_rank, robust=robust),
         dtype=dtype,
@@ -215,35 +215,16 @@ def aggregate_layer(
         UserError: no pairs, shapes that do not go together, numbers that are not finite, or a
             setting that cannot be.
     """
-    import torch
+    from fedex_scale.methods.given import aggregate_given
 
-    from fedex_scale.methods.algebra import Clients, normalise_weights
-    from fedex_scale.methods.all import METHODS
-    from fedex_scale.methods.given import check_pair, pair_of
-    from fedex_scale.methods.interface import MethodConfig
-
-    config = MethodConfig(**method)
-    if not (isinstance(scaling, int | float) and math.isfinite(scaling) and scaling > 0):
-        raise UserError(f"scaling: expected a number above 0, alpha / R, got {scaling}")
-    if METHODS[config.name].one_client or config.name == "full":
-        raise UserError(f"method.name: {config.name} aggregates no adapters; choose another")
-    if not (isinstance(seed, int) and 0 <= seed < 2**63):
-        raise UserError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
-    given = [pair_of(pair, f"client {k}") for k, pair in enumerate(_listed(pairs, "pairs"))]
-    if not given:
-        raise UserError("pairs: expected at least one client's A and B, got none")
-    for k, pair in enumerate(given):
-        check_pair(f"client {k}", pair, given[0])
-    weight_K = normalise_weights([1.0] * len(given) if weights is None else weights)
-    if len(weight_K) != len(given):
-        raise UserError(f"weights: expected one a client ({len(given)}), got {len(weight_K)}")
-    before = None if previous is None else pair_of(previous, "previous")
-    if before is not None:
-        check_pair("previous", before, given[0])
-    generator = torch.Generator().manual_seed(seed)
-    clients = Clients(given, weight_K, scaling)
-    with torch.no_grad():
-        return METHODS[config.name].update(clients, before, config, generator)
+    return aggregate_given(
+        listed(pairs, "pairs"),
+        scaling=scaling,
+        weights=weights,
+        previous=previous,
+        seed=seed,
+        method=method,
+    )
 
 
 def evaluate(
@@ -289,22 +270,22 @@ def evaluate(
     from fedex_scale.scoring.evaluation import scores
 
     asked = {
-        "tasks": tuple(_listed(suite, "suite")),
+        "tasks": tuple(listed(suite, "suite")),
         "limit": limit,
         "data_dir": data_dir,
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,
-        "include_path": None if include_path is None else _path(include_path, "include_path"),
+        "include_path": None if include_path is None else path_of(include_path, "include_path"),
     }
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
-    path = None if adapter is None else Path(_path(adapter, "adapter"))
+    path = None if adapter is None else Path(path_of(adapter, "adapter"))
     distributed.join_group(required=False)
     subject = distributed.together(
         lambda: post_hoc.find_subject(
-            _path(model, "model"), path, asked, dtype=dtype, trust_remote_code=trust_remote_code
+            path_of(model, "model"), path, asked, dtype=dtype, trust_remote_code=trust_remote_code
         )
     )
-    place = Path(_path(out, "out")) if out else subject.out
+    place = Path(path_of(out, "out")) if out else subject.out
     if backend == "vllm":
         from fedex_scale.scoring import vllm
 
@@ -342,7 +323,7 @@ def export(
     from fedex_scale.federation.export import export_run
 
     return export_run(
-        Path(_path(run, "run")), Path(_path(out, "out")), rank=rank, merged=merged, dtype=dtype
+        Path(path_of(run, "run")), Path(path_of(out, "out")), rank=rank, merged=merged, dtype=dtype
     )
 
 
@@ -379,22 +360,6 @@ def plan(
     from fedex_scale.planning.machine import describe_machine
 
     return make_plan(settings, describe_machine(gpus, gpu_memory, host_memory, nvme, tflops))
-
-
-def _listed(given: Any, name: str) -> Iterable[Any]:
-    """Take one for a list of one."""
-    if isinstance(given, str | os.PathLike):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise UserError(f"{name}: expected a list, got {given!r}; give one")
-    return given
-
-
-def _path(given: Any, name: str) -> str:
-    """Return a path, or a hub id, as text."""
-    if not isinstance(given, str | os.PathLike):
-        raise UserError(f"{name}: expected a path, got {given!r}; give one")
-    return os.fspath(given)
 
 
 def _begins(config: Config) -> str:

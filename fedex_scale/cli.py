@@ -253,25 +253,7 @@ def doctor(
     raise typer.Exit(int(failed))
 
 
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
-    out: Annotated[Path, typer.Option(help="Directory to make.")],
-    rank: Annotated[
-        int | None, typer.Option(help="Compress the adapter to this rank; exact, if none.")
-    ] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Write a whole model.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of a merged model: float32 or bfloat16; none: the base's.")
-    ] = None,
-) -> None:
-    """Turn a run into one exact adapter for the untouched base, or into a merged model."""
-    done = api.export(run, out, rank=rank, merged=merged, dtype=dtype)
-    what = "merged model" if merged else f"adapter of rank {done.rank} for the untouched base"
-    line = f"{out}: {what}, {done.rounds} rounds, relative error {done.error:.2e}"
-    if merged and dtype != "float32" and done.error > 0.01:
-        line += ", as the base's numbers round what was trained; --dtype float32 keeps it"
-    print(one_line(line))
+app.command()(commands.export)
 
 
 @app.command()
@@ -348,36 +330,8 @@ def evaluate(
 
 app.command()(commands.chat)
 app.command()(commands.push)
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN_OR_RESULTS...", help="The first is what others differ from."),
-    ],
-) -> None:
-    """Compare scored runs on the same examples: differences with bootstrap intervals."""
-    from rich.console import Console
-
-    from fedex_scale.scoring import compare as comparison
-
-    console = Console(highlight=False)
-    console.print(comparison.table(comparison.compare(runs)), soft_wrap=True)
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished or not.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Directory; none: the run's own, or comparison.")
-    ] = None,
-) -> None:
-    """Write report.html about a run, or about several side by side, with its figures."""
-    from fedex_scale.reporting.page import write_report
-
-    page = write_report(runs, out or (runs[0] if len(runs) == 1 else Path("comparison")))
-    print(one_line(page))
+app.command()(commands.compare)
+app.command()(commands.report)
 
 
 sites.add_to(app)

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from fedex_scale.methods.algebra import Pair
+from fedex_scale.methods.algebra import Clients, Pair, normalise_weights
+from fedex_scale.methods.all import METHODS
+from fedex_scale.methods.interface import LayerUpdate, MethodConfig
 from fedex_scale.runtime.errors import UserError
 
 
-def pair_of(given: Any, name: str) -> Pair:
+def aggregate_given(
+    pairs: Iterable[Any],
+    *,
+    scaling: float,
+    weights: Iterable[float] | None,
+    previous: Any,
+    seed: int,
+    method: Mapping[str, Any],
+) -> LayerUpdate:
+    """Aggregate one layer's pairs; `fedex_scale.aggregate_layer` tells of the arguments."""
+    config = MethodConfig(**method)
+    if not (isinstance(scaling, int | float) and math.isfinite(scaling) and scaling > 0):
+        raise UserError(f"scaling: expected a number above 0, alpha / R, got {scaling}")
+    if METHODS[config.name].one_client or config.name == "full":
+        raise UserError(f"method.name: {config.name} aggregates no adapters; choose another")
+    if not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise UserError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
+    given = [_pair(pair, f"client {k}") for k, pair in enumerate(pairs)]
+    if not given:
+        raise UserError("pairs: expected at least one client's A and B, got none")
+    for k, pair in enumerate(given):
+        _check_pair(f"client {k}", pair, given[0])
+    weight_K = normalise_weights([1.0] * len(given) if weights is None else weights)
+    if len(weight_K) != len(given):
+        raise UserError(f"weights: expected one a client ({len(given)}), got {len(weight_K)}")
+    before = None if previous is None else _pair(previous, "previous")
+    if before is not None:
+        _check_pair("previous", before, given[0])
+    generator = torch.Generator().manual_seed(seed)
+    clients = Clients(given, weight_K, scaling)
+    with torch.no_grad():
+        return METHODS[config.name].update(clients, before, config, generator)
+
+
+def _pair(given: Any, name: str) -> Pair:
     """Return a pair without its history; of 8 bits in float32, as torch computes with no others."""
     factors = tuple(given) if isinstance(given, Iterable) else ()
     if len(factors) != 2 or not all(isinstance(x, torch.Tensor) for x in factors):
@@ -24,7 +61,7 @@ def pair_of(given: Any, name: str) -> Pair:
     return Pair(A_RI, B_OR)
 
 
-def check_pair(name: str, pair: Pair, like: Pair) -> None:
+def _check_pair(name: str, pair: Pair, like: Pair) -> None:
     """Raise a UserError unless a pair is finite, and of the same shapes as another."""
     (A_shape, B_shape), expected = ([tuple(x.shape) for x in two] for two in (pair, like))
     if len(A_shape) != 2 or len(B_shape) != 2 or A_shape[0] != B_shape[1]:

@@ -3,64 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_tokenizer
+from own_rows import RECOGNISED, TOKENIZER, config, pairs, read, texts, write
 
-from fedex_scale.config.load import load_config
 from fedex_scale.config.places import check_places
-from fedex_scale.config.settings import Config
-from fedex_scale.data.batching import Examples
-from fedex_scale.data.clients import Clients, read_clients
+from fedex_scale.data.clients import read_clients
 from fedex_scale.data.preview import show
 from fedex_scale.runtime.errors import UserError
 
-TOKENIZER = make_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.delenv("FEDEX_SCALE_DATA", raising=False)
-
-
-def pairs(number: int, begin: int = 0) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{i} apples?", "completion": f" {i} pens"} for i in range(begin, begin + number)
-    ]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def config(*overrides: str, **sections: dict) -> Config:
-    return load_config({"model": {"path": "m"}, **sections}, overrides)
-
-
-def read(*overrides: str, **sections: dict) -> Clients:
-    return read_clients(config(*overrides, **sections), TOKENIZER)
-
-
-def texts(clients: Iterable[Examples]) -> list[list[str]]:
-    return [[TOKENIZER.decode(part[i]["input_ids"]) for i in range(len(part))] for part in clients]
-
-
-RECOGNISED = {
-    "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    "alpaca": {"instruction": "a", "input": "", "output": "b", "text": "a b"},
-    "prompt_completion": {"prompt": "a", "completion": "b", "id": 3},
-    "metamath": {"query": "a", "response": "b", "type": "x"},
-    "gsm8k": {"question": "a", "answer": "b\n#### 2"},
-    "text": {"text": "a b c"},
-}
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("name", RECOGNISED)
@@ -349,91 +304,6 @@ def test_a_broken_line_is_told_by_its_number(content: bytes, message: str, tmp_p
     with pytest.raises(UserError, match=f"rows.jsonl: {message}") as caught:
         read(data={"path": str(tmp_path / "rows.jsonl")})
     assert len(str(caught.value)) < 400
-
-
-def read_texts_of(tmp_path: Path, files: dict[str, str], *overrides: str) -> list[str]:
-    """Return what is trained of files, the pattern being *.SUFFIX."""
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    pattern = str(tmp_path / f"*{Path(name).suffix}")
-    clients = read("partition.num_clients=1", "data.holdout=0", *overrides, data={"path": pattern})
-    return texts(clients.train)[0]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-@pytest.mark.parametrize("first", ["a", "b"])
-def test_what_one_file_alone_has_is_trained(first: str, suffix: str, tmp_path: Path):
-    short = [{"instruction": "Say hello", "output": "Hello"}]
-    long = [{"instruction": "Translate", "input": "the pens", "output": "apples"}]
-    other = "b" if first == "a" else "a"
-    files = {f"{first}{suffix}": short, f"{other}{suffix}": long}
-    written = {
-        ".jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
-        ".json": json.dumps,
-        ".csv": lambda rows: "\n".join([",".join(rows[0]), *(",".join(x.values()) for x in rows)]),
-    }[suffix]
-    trained = read_texts_of(tmp_path, {name: written(rows) for name, rows in files.items()})
-    assert sum("### Input:\nthe pens" in text for text in trained) == 1
-    assert len(trained) == 2
-
-
-def test_keys_of_turns_that_nobody_looks_at_are_told(tmp_path: Path):
-    user, answer = RECOGNISED["chat"]["messages"]
-    turns = [user, answer | {"reasoning_content": "so", "weight": 1}]
-    path = write(tmp_path / "rows.jsonl", [{"messages": turns, "id": i} for i in range(3)])
-    notes = read(data={"path": path, "chat_template": "zephyr"}).notes
-    assert "data: not used of its columns: id, messages.reasoning_content" in notes
-
-
-def test_a_turn_that_is_no_text_is_refused_wherever_it_stands(tmp_path: Path):
-    good, bad = (
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": x}] for x in ("b", 5)
-    )
-    path = write(tmp_path / "rows.jsonl", [{"messages": x} for x in [*[good] * 1200, bad]])
-    with pytest.raises(UserError, match=r"rows.jsonl: line 1201: .*expected"):
-        read(data={"path": path, "chat_template": "zephyr"})
-
-
-def test_a_file_that_changed_is_read_anew(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
-    for word in ("pens", "cows"):
-        text = "".join(json.dumps({"text": f"{i} {word}"}) + "\n" for i in range(3))
-        assert any(word in x for x in read_texts_of(tmp_path, {path.name: text}))
-        os.utime(path, (10**9, 10**9))
-    assert any("cows" in x for x in read_texts_of(tmp_path, {path.name: text}))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "text\nGood morning, how are you\n", "line 2: expected 1 cells, .* got 2"),
-        ("a.csv", "prompt,completion\na,b\na\n", "line 3: expected 2 cells, .* got 1"),
-        ("a.csv", "prompt,completion,completion\na,b,c\n", "line 1: two columns of the name"),
-        ("a.csv", 'prompt,completion\na,"b\n', "line 2: not valid CSV"),
-        ("a.csv", "prompt,completion\n", "a.csv: expected at least one row"),
-        ("a.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}\n', "line 1: 'prompt' is"),
-        ("a.jsonl", "{}\n{}\n", r"line 1: expected a row with named columns, got {}"),
-        ("a.jsonl", '{"text": "a", "n": 36893488147419103232}\n', "line 1: expected n to be"),
-        (
-            "a.jsonl",
-            '{"a": {"b": 1}}\n{"a": {"c": 1}}\n{"a": {"c": "x"}}\n',
-            "line 3: expected a to",
-        ),
-    ],
-)
-def test_rows_that_say_less_or_more_than_they_seem_are_refused(
-    name: str, text: str, message: str, tmp_path: Path
-):
-    with pytest.raises(UserError, match=message) as caught:
-        read_texts_of(tmp_path, {name: text})
-    assert len(str(caught.value)) < 400
-
-
-def test_a_column_of_numbers_that_pandas_adds_is_no_matter(tmp_path: Path):
-    trained = read_texts_of(
-        tmp_path, {"a.csv": ",prompt,completion\n0,a,01234\n1,b,\n2,c,NA\n"}, "data.max_dropped=0.5"
-    )
-    assert [x.count("01234") + x.count("NA") for x in trained] == [1, 1]
 
 
 def test_keys_that_come_late_in_a_large_file(tmp_path: Path):

@@ -9,7 +9,8 @@ import pytest
 
 from fedex_scale.config.load import load_config
 from fedex_scale.config.section import replace
-from fedex_scale.planning.choice import Side, Sizes
+from fedex_scale.planning.choice import Sizes
+from fedex_scale.planning.columns import Side
 from fedex_scale.planning.machine import Machine
 
 README = Path(__file__).parents[3] / "README.md"
