@@ -114,6 +114,10 @@ def blame(file: str) -> None:
                 f"{named(file)}: line {line}: not valid JSON ({error.msg}, column {error.colno}); "
                 "correct it"
             ) from None
+        except ValueError:  # what Python says of a number that has more
+            raise UserError(
+                f"{where}: expected numbers of at most 4,300 digits, got more; correct it"
+            ) from None
         if number and not isinstance(row, dict):
             raise UserError(
                 f"{where}: expected a row with named columns, got {shown(row)}; correct it"

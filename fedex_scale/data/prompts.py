@@ -157,14 +157,13 @@ def recognise(row: Mapping[str, Any], source: str) -> str:
         found = _known_by(set(row), row)
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(row)
+    listed = ", ".join(name if name == name.strip() else repr(name) for name in row)
     why = f"which may be {' or '.join(found)}" if found else "which no schema is known by"
     remedy = f"set data.schema={found[0]}" if found else "set data.schema"
-    if len(row) == 1 and ";" in listed:
-        why, remedy = (
-            "as its cells are divided by semicolons",
-            "save it with commas, set data.schema",
-        )
+    divider = {";" in listed: "semicolons", "\t" in listed: "tabs"}.get(True)
+    if len(row) == 1 and divider:
+        why = f"as its cells are divided by {divider}"
+        remedy = "save it with commas, set data.schema"
     if any(isinstance(row.get(column), str) for column in CHAT_COLUMNS):
         why = "whose turns are a text"
         remedy = "write them as a list of JSON (json.loads of the text), set data.schema"

@@ -292,6 +292,6 @@ def _check_one_schema(pool: Pool, schema: Schema) -> None:
     for index, values in enumerate(zip(*columns, strict=True)):
         if all(value is None for value in values):
             raise UserError(
-                f"{pool.place(index)}: expected {' and '.join(schema.columns)} as in the rows "
-                f"before it (data.schema={pool.schema}), got none; take the row out"
+                f"{pool.place(index)}: expected {' and '.join(schema.columns)} as in other rows "
+                f"(data.schema={pool.schema}), got none; take the row out"
             )

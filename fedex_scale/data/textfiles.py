@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from fedex_scale.config.words import named, shown
 from fedex_scale.data.places import blame, csv_rows, lines_of, place_of
 from fedex_scale.runtime.errors import UserError
 
+MAX_DEPTH = 50  # of lists and objects within each other, beyond which Arrow gives up
+MAX_INTEGER = 2**63  # below which a whole number has to be, as a column's are of 64 bits
 SEEN = 1000  # rows from which `datasets` decides on a table's columns and their types
 FORM = 1  # of what is cached: goes up where the same file is read otherwise than before
 
@@ -70,6 +73,8 @@ def _types(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...],
     """Yield the type of each value within a value that is not null, by where it lies."""
     if value is None:
         return
+    if problem := _problem(value, len(path)):
+        raise ValueError(problem)
     yield path, type(value)
     if isinstance(value, dict):
         for key, part in value.items():
@@ -102,7 +107,7 @@ def _parsed(raw: bytes, where: str) -> Any:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{where}: {shown(twice)} is there twice; keep one")
+            raise UserError(f"{where}: {shown(twice)} is there twice in {shown(found)}; keep one")
         return found
 
     return json.loads(raw, object_pairs_hook=mapping)
@@ -160,6 +165,8 @@ def _check_row(row: Any, files: Sequence[str], index: int) -> None:
             f"{place_of(files, index)}: expected a row with named columns, got {shown(row)}; "
             "correct it"
         )
+    if problem := next(_problems(row, 0), None):
+        raise UserError(f"{place_of(files, index)}: expected {problem}; correct it")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -167,6 +174,26 @@ def _check_row(row: Any, files: Sequence[str], index: int) -> None:
         raise UserError(
             f"{place_of(files, index)}: expected characters, got half of one ({half}); correct it"
         ) from None
+
+
+def _problems(value: Any, depth: int) -> Iterator[str]:
+    """Yield what is wrong with a value, and with those within."""
+    if problem := _problem(value, depth):
+        yield problem
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _problems(part, depth + 1)
+
+
+def _problem(value: Any, depth: int) -> str | None:
+    """Return what no table holds of a value: what was expected, and what it is."""
+    if depth > MAX_DEPTH:
+        return f"at most {MAX_DEPTH} lists and objects within each other, got more"
+    if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
+        return f"whole numbers of 64 bits, got {shown(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"finite numbers, got {value}"
+    return None
 
 
 def _flat(value: Any, column: str) -> Any:
@@ -204,6 +231,6 @@ def _go_together(values: Sequence[Any]) -> bool:
         return False  # Arrow would make true 1.0
     try:
         pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
         return False
     return True

@@ -76,7 +76,25 @@ def test_a_file_that_changed_is_read_anew(tmp_path: Path):
         ("a.csv", "prompt,completion\n", "a.csv: expected at least one row"),
         ("a.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}\n', "line 1: 'prompt' is"),
         ("a.jsonl", "{}\n{}\n", r"line 1: expected a row with named columns, got {}"),
-        ("a.jsonl", '{"text": "a", "n": 36893488147419103232}\n', "line 1: expected n to be"),
+        (
+            "a.jsonl",
+            '{"text": "a", "n": 36893488147419103232}\n',
+            "line 1: expected .* 64 bits, got",
+        ),
+        ("a.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}\n", "line 1: expected numbers of at"),
+        ("a.jsonl", '{"text": "a"}\n{"text": NaN}\n', "line 2: expected finite numbers, got nan"),
+        ("a.json", '[{"text": "a"}, {"text": "b", "text": "c"}]', "'text' is there twice in {'tex"),
+        ("a.csv", "prompt, completion\na,b\n", "got columns prompt, ' completion', which"),
+        ("a.csv", "prompt\tcompletion\na\tb\n", "as its cells are divided by tabs; save it"),
+        *(
+            (
+                "a.jsonl",
+                '{"text": "a", "m": ' + n * "[" + n * "]" + "}\n",
+                "line 1: .* at most 50 l",
+            )
+            for n in (70, 400, 900)
+        ),
+        ("a.jsonl", '{"text": "a", "m": ' + 400 * '{"a": ' + "1" + 401 * "}", "line 1: .*most 50"),
         (
             "a.jsonl",
             '{"a": {"b": 1}}\n{"a": {"c": 1}}\n{"a": {"c": "x"}}\n',
