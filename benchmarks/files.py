@@ -106,15 +106,18 @@ def write_adapter(directory: Path, shapes: Shapes, *, rank: int, seed: int) -> N
             writer.write(layer, Pair(A_RI, B_OR))
 
 
-def run_measured(arguments: Sequence[object]) -> Measured:
+def run_measured(arguments: Sequence[object], tree: Path = ROOT) -> Measured:
     """Run `fedex-scale` in a process of its own, to its end.
 
     Its peak is read from within: what the kernel tells of a child counts the parent's memory too.
+
+    Args:
+        tree: the checkout whose code runs.
     """
     with tempfile.NamedTemporaryFile() as status:
         command = [sys.executable, "-c", PROGRAM, status.name, *map(str, arguments)]
         began = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
         if done.returncode:
             raise RuntimeError(f"fedex-scale {arguments[0]}: {done.stderr}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.tensorfile import BLOCK_BYTES, Entry
+from fedex_scale.methods.algebra import all_finite
 from fedex_scale.runtime.errors import UserError
 
 
@@ -30,7 +31,7 @@ def mean_blocks(
         mean = torch.zeros(span[1] - span[0], dtype=torch.float64)
         for adapter, weight in zip(clients, weights, strict=True):
             part = adapter.full_block(name, span)
-            if not torch.isfinite(part).all():
+            if not all_finite(part):
                 raise UserError(
                     f"{adapter.path}, {name}: expected finite numbers, got NaN or Inf; "
                     "leave this client out"

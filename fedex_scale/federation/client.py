@@ -25,7 +25,7 @@ from fedex_scale.federation.state import ClientProgress, ServerState
 from fedex_scale.files import checked, kinds
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.methods.algebra import Pair
+from fedex_scale.methods.algebra import Pair, all_finite
 from fedex_scale.runtime import distributed, faults, phases
 from fedex_scale.runtime.errors import ClientFailure
 from fedex_scale.runtime.phases import phase
@@ -223,15 +223,14 @@ def write_adapter(
 
 def _finite_pairs(engine: Engine, *, who: str) -> Iterator[tuple[str, Pair | Tensor]]:
     for layer, pair in read_pairs(engine, copy=False):
-        # A NaN or Inf survives a sum, at a tenth of the cost of looking at every number.
-        if not all(math.isfinite(factor.sum()) for factor in pair):
+        if not all_finite(*pair):
             raise ClientFailure(
                 f"{who}, layer {layer}: expected finite factors, got NaN or Inf; "
                 "lower train.learning_rate or look at its data"
             )
         yield layer, pair
     for name, weight in engine.whole_weights(copy=False):
-        if not math.isfinite(weight.sum()):
+        if not all_finite(weight):
             raise ClientFailure(
                 f"{who}, {name}: expected finite numbers, got NaN or Inf; lower "
                 "train.learning_rate or look at its data"

@@ -18,7 +18,7 @@ from fedex_scale.files.adapter_writers import AdapterWriter
 from fedex_scale.files.adapters import Adapter, out_of_range
 from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.methods.algebra import LowRank, compress, norm, stack
+from fedex_scale.methods.algebra import LowRank, all_finite, compress, norm, stack
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building, check_out
 
@@ -179,7 +179,7 @@ def _sum_of(parts: list[Adapter], layer: str) -> LowRank:
     """
     pairs = [(part.pair(layer).float(), part.scaling_of(layer)) for part in parts]
     for part, (pair, _) in zip(parts, pairs, strict=True):
-        if not all(factor.isfinite().all() for factor in pair):
+        if not all_finite(*pair):
             raise UserError(
                 f"{part.path}, layer {layer}: expected finite numbers, got NaN or Inf; "
                 "restore this file of the run, or resume the run from an earlier round"

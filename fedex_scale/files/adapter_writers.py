@@ -17,7 +17,7 @@ from fedex_scale.files.tensorfile import (
     SafetensorsWriter,
     TrimmedWriter,
 )
-from fedex_scale.methods.algebra import LowRank, Pair, stack
+from fedex_scale.methods.algebra import LowRank, Pair, all_finite, stack
 
 
 class AdapterWriter:
@@ -212,7 +212,7 @@ def write_joined(
 
 def check_finite(layer: str, pair: Pair) -> None:
     """Raise a UserError for a result beyond the range of its numbers."""
-    if not all(factor.isfinite().all() for factor in pair):
+    if not all_finite(*pair):
         raise out_of_range(layer)
 
 

@@ -18,7 +18,7 @@ from fedex_scale.files.tensorfile import (
     MAX_TENSORS,
     SafetensorsReader,
 )
-from fedex_scale.methods.algebra import Pair, align, lora_scaling
+from fedex_scale.methods.algebra import Pair, align, all_finite, lora_scaling
 from fedex_scale.runtime.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -216,7 +216,7 @@ class LayerPairs(Sequence[Pair]):
         adapter = self._adapters[k]
         pair = adapter.pair(self._layer)
         for name, factor in zip("AB", pair, strict=True):
-            if not torch.isfinite(factor).all():
+            if not all_finite(factor):
                 raise UserError(
                     f"{adapter.path}, layer {self._layer}: expected finite numbers, got NaN or Inf "
                     f"in lora_{name}; leave this client out"

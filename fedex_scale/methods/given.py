@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedex_scale.methods.algebra import Clients, Pair, normalise_weights
+from fedex_scale.methods.algebra import Clients, Pair, all_finite, normalise_weights
 from fedex_scale.methods.all import METHODS
 from fedex_scale.methods.interface import LayerUpdate, MethodConfig
 from fedex_scale.runtime.errors import UserError
@@ -71,5 +71,5 @@ def _check_pair(name: str, pair: Pair, like: Pair) -> None:
             f"{name}: expected A and B of {expected[0]} and {expected[1]} as of client 0, got "
             f"{A_shape} and {B_shape}; fill a lower rank up with zeros"
         )
-    if not (pair.A_RI.isfinite().all() and pair.B_OR.isfinite().all()):
+    if not all_finite(*pair):
         raise UserError(f"{name}: expected finite numbers, got NaN or Inf; leave it out")
