@@ -21,6 +21,7 @@ from fedex_scale.config.settings import Config
 from fedex_scale.engine import lora_model, models
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.ds_config import zero_stage
+from fedex_scale.engine.training import moments_away
 from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import num_steps
 from fedex_scale.federation.directory import (
@@ -248,7 +249,7 @@ def _run(
             round = state.round
             if look.is_due(round) and not saver.place.evaluated:
                 show_handed_over(engine, run, state)
-                with phase("evaluating"), monitor.scoring(round) as tell:
+                with phase("evaluating"), moments_away(engine), monitor.scoring(round) as tell:
                     look.at(engine.model, round, monitor, tell)
                 saver.save(replace(saver.place, evaluated=True))
             keep_record(round)

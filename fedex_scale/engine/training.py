@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from fedex_scale.engine.fused import stacks_held
 from fedex_scale.engine.head import send
 from fedex_scale.engine.parameters import Source
 from fedex_scale.runtime import distributed
+
+_TABLES = ("qmap1", "qmap2")  # bitsandbytes' of what its 8 bits mean
 
 
 def reset_for_client(engine: Engine, source: Source, *, side: bool) -> None:
@@ -35,12 +38,35 @@ def _zero_moments(optimizer: torch.optim.Optimizer) -> None:
     """
     for state in optimizer.state.values():
         for name, value in state.items():
-            if name.startswith("qmap"):  # bitsandbytes' table of what its 8 bits mean
-                continue
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name not in _TABLES:
                 value.zero_()
             elif isinstance(value, int):
                 state[name] = 0
+
+
+@contextmanager
+def moments_away(engine: Engine) -> Iterator[None]:
+    """Hold no memory for the optimizer's moments on the device, between two rounds.
+
+    They are as before the first step afterwards, as they would be made for the next client anyway.
+    Pages of a paged optimizer leave the device by themselves, and offloaded ones are not on it.
+    """
+    rooms = [
+        (storage, storage.nbytes())
+        for state in engine.optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name not in _TABLES and value.device == engine.device
+        if value.ndim and not value.is_pinned() and not getattr(value, "is_paged", False)
+        for storage in [value.untyped_storage()]
+    ]
+    for storage, _ in rooms:
+        storage.resize_(0)
+    try:
+        yield
+    finally:
+        for storage, size in rooms:
+            storage.resize_(size)
+        _zero_moments(engine.optimizer)
 
 
 def train_step(

@@ -256,7 +256,7 @@ def _scoring(
     dtype: torch.dtype,
     clients: int,
 ) -> list[Need]:
-    """Return what scoring takes beyond the activations of training.
+    """Return what scoring takes beyond the activations and moments of training.
 
     That is the adapter, float32, with the server's columns and all of the side adapter's (planes
     are scored as they are), and keys and values of one prompt: fewer are answered at once where
@@ -270,6 +270,9 @@ def _scoring(
     more = prompts * SCORED_TOKENS * weights.cached * dtype.itemsize
     more += _scored_adapter(config, zero, machine, weights, dtype, clients)
     spare = work.peak_bytes if work else 0
+    if _device(zero, "offload_optimizer") == "none":
+        shards = machine.gpus if zero.get("stage", 0) else 1
+        spare += _MOMENTS[config.train.optimizer] * weights.trained / shards
     return [Need(name="adapter and KV cache of scoring", gpu=max(0, more - spare))]
 
 

@@ -55,10 +55,10 @@ def test_components_are_those_counted_by_hand(on_80_gb: choice.Plan) -> None:
     assert found["adapters"].gpu == 4 * client + 2 * PER_RANK
     scored = 4 * 3 * client - 2 * PER_RANK  # rank 32 + (3 - 1) 32, float32
     cache = 1024 * 2 * (32 * 2 * 8 * 128)  # of a prompt; keys and values of 8 heads a layer
-    more = scored + cache - on_80_gb.work.peak_bytes
+    more = scored + cache - on_80_gb.work.peak_bytes - 8 * client  # moments are away
     assert found["adapter and KV cache of scoring"].gpu == more
     in_step = plan(recipe("engine.deepspeed=zero3"), gpus=2)
-    more = scored / 2 + 16 * cache - in_step.work.peak_bytes
+    more = scored / 2 + 16 * cache - in_step.work.peak_bytes - 8 * client / 2
     assert needs(in_step.chosen)["adapter and KV cache of scoring"].gpu == more, "16 prompts"
     assert found["gradients"].gpu == 4 * client
     assert found["optimizer"].gpu == 8 * client
