@@ -23,6 +23,7 @@ from fedex_scale.data.batching import Examples
 from fedex_scale.tasks.instruct import Tokens
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.parameters import Source
+from fedex_scale.engine.training import moments_away
 from fedex_scale.engine.contents import fold_targets, read_base_weight, read_pairs, set_adapter, set_side
 from fedex_scale.config.learning import EngineSection
 from fedex_scale.methods.interface import fresh_pair
@@ -106,7 +107,9 @@ def train(engine: Engine, start: dict[str, Pair], client: int) -> dict:
         side=False,
         on_step=lambda fields: losses.append(fields["loss"]),
     )
-    return {"losses": losses, "pairs": dict(read_pairs(engine))}
+    with moments_away(engine):  # as while a model is scored
+        pairs = dict(read_pairs(engine))
+    return {"losses": losses, "pairs": pairs}
 
 
 def check_fold(engine: Engine) -> dict:
