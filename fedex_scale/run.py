@@ -34,7 +34,7 @@ from fedex_scale.federation.directory import (
     restore_config,
 )
 from fedex_scale.federation.final import show_handed_over, write_final
-from fedex_scale.federation.resume import Found
+from fedex_scale.federation.resume import Found, check_place
 from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapters import Adapter
@@ -228,6 +228,7 @@ def _run(
             for round in range(1, rounds + 1)
         )
     ]
+    check_place(run, last, plan)
     with (
         Saver(config, engine, run, last, base) as saver,
         Monitor(run.metrics, plan=plan, trackers=trackers) as monitor,

@@ -58,6 +58,7 @@ def moments_away(engine: Engine) -> Iterator[None]:
         if isinstance(value, Tensor) and name not in _TABLES and value.device == engine.device
         if value.ndim and not value.is_pinned() and not getattr(value, "is_paged", False)
         for storage in [value.untyped_storage()]
+        if storage.resizable()  # on a CPU not once a checkpoint was made of it
     ]
     for storage, _ in rooms:
         storage.resize_(0)

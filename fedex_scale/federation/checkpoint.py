@@ -25,7 +25,7 @@ from typing import Any
 from fedex_scale.config.words import shown
 from fedex_scale.federation.state import Place
 from fedex_scale.files import checked, kinds
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.run_dir import DEVIATION_FILE, RunDir
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import sync
@@ -110,7 +110,7 @@ def numbers(run: RunDir) -> list[int]:
     """Return the numbers of the checkpoints there are, ascending."""
     if not run.checkpoints.is_dir():
         return []
-    names = (path.name for path in run.checkpoints.iterdir() if path.is_dir())
+    names = (path.name for path in run.checkpoints.iterdir() if _is_own(path))
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
@@ -173,7 +173,8 @@ def rewind(run: RunDir, checkpoint: Checkpoint) -> None:
         if number > checkpoint.number:
             shutil.rmtree(run.checkpoint(number))
     for scratch in run.checkpoints.glob(".*"):
-        shutil.rmtree(scratch)
+        if _is_own(scratch):
+            shutil.rmtree(scratch)
     after = [run.final]
     after += [x for x in run.server(0).parent.glob("round-*") if x > run.server(place.state.round)]
     running = run.client(place.state.round + 1, 0).parent
@@ -185,6 +186,10 @@ def rewind(run: RunDir, checkpoint: Checkpoint) -> None:
     after += [x for x in running.glob("*") if x not in done]
     for folder in after:
         shutil.rmtree(folder, ignore_errors=True)
+    for round in range(1, place.state.round + 1):
+        figures = run.server(round) / DEVIATION_FILE
+        if str(figures.relative_to(run.path)) not in checkpoint.files:  # it was damaged
+            figures.unlink(missing_ok=True)
     if run.metrics.exists() and run.metrics.stat().st_size > checkpoint.metrics_bytes:
         os.truncate(run.metrics, checkpoint.metrics_bytes)
 
@@ -202,6 +207,10 @@ def folders_of(run: RunDir, place: Place) -> list[Path]:
     folders += [run.evaluation(place.state.round)] * place.evaluated
     folders += [run.final] * place.finished
     return [run.path / "partition.json", *folders]
+
+
+def _is_own(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink()
 
 
 def entry_of(path: Path) -> tuple[int, str]:
@@ -230,6 +239,7 @@ def _files_under(folders: Iterable[Path]) -> list[Path]:
 def _write_manifest(path: Path, checkpoint: Checkpoint) -> None:
     tree = {
         "format": FORMAT,
+        "number": checkpoint.number,
         "place": checkpoint.place.as_dict(),
         "world_size": checkpoint.world_size,
         "metrics_bytes": checkpoint.metrics_bytes,
@@ -253,6 +263,8 @@ def _read_manifest(path: Path, number: int) -> Checkpoint:
     if tree.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {shown(tree.get('format'))}")
     found = checked.check(kinds.Manifest, tree | {"sha256": ""}, path, "take another checkpoint")
+    if found.number not in (None, number):
+        raise ValueError(f"it is that of checkpoint {found.number}")
     return Checkpoint(
         number=number,
         place=Place.from_dict(tree["place"]),

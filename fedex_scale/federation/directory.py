@@ -39,6 +39,7 @@ def check_directory(config: Config) -> Found:
     """
     path = config.run.path
     if path.exists() and config.run.resume == "auto":
+        RunDir(path).check_links()
         return find(config, RunDir(path))
     check_free(config.run)
     parent = path.parent

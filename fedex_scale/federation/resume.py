@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
 from fedex_scale.federation import checkpoint
 from fedex_scale.federation.checkpoint import Checkpoint
+from fedex_scale.federation.client import CLIENT_FILE
 from fedex_scale.federation.salvage import salvaged
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import distributed
@@ -65,7 +68,7 @@ def find(config: Config, run: RunDir) -> Found:
     own = to_dict(config)
     for section, key in AUTO:
         if own[section][key] == "auto":
-            own[section][key] = found.config[section][key]
+            own[section][key] = found.config.get(section, {}).get(key)
     changed = differences(found.config, own) - FREE
     fixed = changed - ROUNDING - {ROUNDS}
     if fixed:
@@ -101,6 +104,33 @@ def newest(run: RunDir) -> tuple[Checkpoint | None, list[str], list[str]]:
         except UserError as error:
             problems.append(str(error))
     return None, problems, []
+
+
+def check_place(run: RunDir, last: Checkpoint | None, plan: Sequence[Iterable[int]]) -> None:
+    """Raise a UserError where a checkpoint tells of clients that are not those of its round.
+
+    Args:
+        plan: the clients of each round.
+    """
+    if last is None:
+        return
+    place = last.place
+    named = {*place.done, *place.skipped} | ({place.running.client} if place.running else set())
+    there = set(plan[place.state.round]) if place.state.round < len(plan) else set()
+    there -= {
+        client
+        for client in place.done
+        if _name(run, run.client(place.state.round + 1, client)) not in last.files
+    }
+    if strangers := named - there:
+        raise UserError(
+            f"{run.checkpoint(last.number)}: damaged: it tells of client {min(strangers)} in round "
+            f"{place.state.round + 1}, who is not there; delete it to go on from the one before"
+        )
+
+
+def _name(run: RunDir, client: Path) -> str:
+    return str((client / CLIENT_FILE).relative_to(run.path))
 
 
 def _of_other_length(config: Config, run: RunDir, found: Checkpoint) -> tuple[Checkpoint, str]:

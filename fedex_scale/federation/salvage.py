@@ -15,11 +15,12 @@ from typing import Any
 
 from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.state import Place
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.run_dir import DEVIATION_FILE, RunDir
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
 _CLIENT = re.compile(r"clients/round-(\d+)/client-(\d+)/")
+_FIGURES = re.compile(rf"server/round-\d+/{re.escape(DEVIATION_FILE)}")
 _SCORE = re.compile(r"evaluations/round-(\d+)/")
 
 
@@ -46,7 +47,8 @@ def salvaged(
             checkpoint = replace(checkpoint, place=replace(place, finished=False))
             notes.append(f"{problem}; the final files are written again")
         elif name.startswith(f"checkpoints/{checkpoint.number:06d}/"):
-            notes.append(f"{problem}; client {place.running.client} starts over")
+            if place.running is not None:  # else another of its files was damaged, too
+                notes.append(f"{problem}; client {place.running.client} starts over")
             checkpoint = checkpoint.without_running()
         elif score and int(score[1]) == place.state.round and place.evaluated:
             checkpoint = _back(run, checkpoint, "eval", place.state.round, None)
@@ -63,7 +65,9 @@ def salvaged(
             notes.append(f"{problem}; client {first} is trained again")
         elif client and int(client[1]) == place.state.round + 1:
             continue  # after one that is trained again
-        elif (client or score) and not (client and place.state.base_changed):
+        elif (client or score or _FIGURES.fullmatch(name)) and not (
+            client and place.state.base_changed
+        ):
             notes.append(f"{problem}; the run goes on without it, which it does not need")
         else:
             raise UserError(problem)

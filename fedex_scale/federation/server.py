@@ -23,14 +23,12 @@ from fedex_scale.federation.history import History
 from fedex_scale.federation.state import ServerState
 from fedex_scale.files.adapter_writers import AdapterWriter, PartWriter
 from fedex_scale.files.adapters import Adapter
-from fedex_scale.files.run_dir import REPORT_FILE, RunDir
+from fedex_scale.files.run_dir import DEVIATION_FILE, REPORT_FILE, RunDir
 from fedex_scale.methods.algebra import LowRank, Pair
 from fedex_scale.methods.interface import fresh_pair
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.phases import phase
 from fedex_scale.runtime.seeds import derive_seed
-
-DEVIATION_FILE = "deviation.json"
 
 Source = Callable[[str], Pair]
 """An adapter's factors, by layer."""

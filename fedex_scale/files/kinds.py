@@ -281,6 +281,7 @@ class Manifest(Kind):
     """A checkpoint's manifest.json."""
 
     format: int
+    number: Count | None = None
     place: RunPlace
     world_size: Annotated[int, Field(ge=1, lt=2**20)]
     metrics_bytes: Count

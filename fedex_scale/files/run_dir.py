@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from fedex_scale.config.load import load_config
@@ -12,6 +14,9 @@ from fedex_scale.runtime.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "aggregate.json"
+DEVIATION_FILE = "deviation.json"
+WRITTEN = ("checkpoints", "clients", "evaluations", "final", "server", "metrics.jsonl")
+"""What a run that goes on deletes in, or adds to, where it lies."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,22 @@ class RunDir:
         while (self.server(last + 1) / REPORT_FILE).is_file():
             last += 1
         return last
+
+    def check_links(self) -> None:
+        """Raise a UserError where a run that goes on would write or delete behind a link."""
+        tops = [self.path / name for name in WRITTEN]
+        below = (
+            Path(folder) / name
+            for top in tops
+            for folder, folders, files in os.walk(top)
+            for name in (*folders, *files)
+        )
+        for path in chain(tops, below):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path}: expected the run's own, got a link; put what it leads to in its "
+                    "place, or choose another run.name"
+                )
 
     def config(self) -> Config:
         """Return the settings, checked as when the run began.

@@ -20,7 +20,7 @@ from fedex_scale.config.federation import MethodConfig
 from fedex_scale.config.section import to_dict
 from fedex_scale.files import checked, kinds
 from fedex_scale.files.adapters import Adapter
-from fedex_scale.files.run_dir import RunDir
+from fedex_scale.files.run_dir import DEVIATION_FILE, RunDir
 from fedex_scale.methods.all import METHODS
 from fedex_scale.reporting.samples import samples
 from fedex_scale.runtime import door
@@ -113,7 +113,7 @@ def _of(events: list[dict], name: str) -> list[dict]:
 def _round(run: RunDir, number: int) -> dict[str, Any]:
     """Return what was aggregated in a round, and how far averaging would have deviated."""
     report = run.round(number).model_dump()
-    file = run.server(number) / "deviation.json"
+    file = run.server(number) / DEVIATION_FILE
     note = "not recorded by the version that ran this"
     found: dict[str, Any] = {"note": note, "total": None, "layers": []}
     if file.exists():

@@ -5,13 +5,15 @@ What a killed run has on disk is emptied, cut, zeroed in part or deleted, a file
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from resuming import assert_same_result, write_config
+from resuming import assert_same_result, differing, write_config
 
 from fedex_scale.cli import main
 from fedex_scale.federation.saves import Saver
@@ -138,6 +140,89 @@ def test_a_base_that_was_changed_is_named(
     error = capsys.readouterr().err
     assert f"{file.name} was changed since the run was begun" in error
     assert resume(config, run) == 0
+
+
+def test_figures_that_nothing_needs_are_gone_on_without(
+    config: Path, whole: Path, killed: Path, capsys
+) -> None:
+    run = copied(killed, "unmeasured")
+    (run / "server/round-0001/deviation.json").write_bytes(b"{")
+    assert resume(config, run) == 0
+    assert "goes on without it, which it does not need" in capsys.readouterr().out
+    assert differing(whole, run) == ["round-0001/deviation.json"]
+
+
+def test_a_manifest_of_another_checkpoint_is_not_believed(
+    config: Path, whole: Path, killed: Path, capsys
+) -> None:
+    run = copied(killed, "older")
+    *_, before, last = sorted((run / "checkpoints").iterdir())
+    (last / "manifest.json").write_bytes((before / "manifest.json").read_bytes())
+    assert resume(config, run) == 0
+    assert f"it is that of checkpoint {int(before.name)}" in capsys.readouterr().out
+    assert_same_result(whole, run)
+
+
+def test_two_files_of_a_client_in_training_are_damaged_at_once(
+    config: Path, whole: Path, killed: Path, capsys
+) -> None:
+    run = copied(killed, "twice")
+    for name in ("rank-0000.safetensors", "adapter/adapter_model.safetensors"):
+        (newest(run) / name).write_bytes(b"")
+    assert resume(config, run) == 0
+    assert capsys.readouterr().out.count("starts over") == 1
+    assert_same_result(whole, run)
+
+
+@pytest.mark.parametrize(
+    "name", ["clients", "clients/round-0002", "evaluations", "final", "metrics.jsonl"]
+)
+def test_nothing_is_written_or_deleted_behind_a_link(
+    name: str, config: Path, killed: Path, tmp_path: Path, capsys
+) -> None:
+    run, place = copied(killed, "linked"), copied(killed, "linked") / name
+    elsewhere = tmp_path / "elsewhere"
+    if place.exists():
+        place.rename(elsewhere)
+    else:
+        elsewhere.mkdir()
+    place.symlink_to(elsewhere)
+    before = {x: x.is_file() and x.read_bytes() for x in [elsewhere, *elsewhere.rglob("*")]}
+    assert resume(config, run) == 2
+    assert f"{name}: expected the run's own, got a link" in capsys.readouterr().err
+    after = {x: x.is_file() and x.read_bytes() for x in [elsewhere, *elsewhere.rglob("*")]}
+    assert after == before
+
+
+def test_what_others_left_among_checkpoints_is_not_in_the_way(
+    config: Path, whole: Path, killed: Path
+) -> None:
+    run = copied(killed, "littered")
+    (run / "checkpoints" / ".DS_Store").write_bytes(b"x")
+    assert resume(config, run) == 0
+    assert_same_result(whole, run)
+
+
+@pytest.mark.parametrize("place", [{"done": [0, 999]}, {"running": 9}, {"config": {}}])
+def test_a_checkpoint_of_clients_that_are_not_there_is_named(
+    place: dict, config: Path, killed: Path, capsys
+) -> None:
+    run = copied(killed, "tampered")
+    file = newest(run) / "manifest.json"
+    tree = json.loads(file.read_text())
+    tree.pop("sha256")
+    if "config" in place:
+        tree |= place
+    elif "done" in place:
+        tree["place"] |= place
+    else:
+        tree["place"]["running"]["client"] = place["running"]
+    tree["sha256"] = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(tree))
+    assert resume(config, run) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.count("error: ") == 1
 
 
 def check(kind: str, name: str, config: Path, whole: Path, killed: Path, capsys) -> None:
