@@ -106,7 +106,7 @@ def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
             distributed.together(lambda: models.check_kind(config.model, kind))
             processor = distributed.together(lambda: models.load_processor(config.model, kind))
             # Once it is known that the model can be had.
-            digests = thread.submit(models.digests, config.model) if distributed.is_main() else None
+            digests = thread.submit(_digests, config) if distributed.is_main() else None
             lesson = distributed.together(lambda: load_lesson(config, processor))
             clients = lesson.clients
             for note in clients.notes:
@@ -133,6 +133,10 @@ def _load_and_run(config: Config, run: RunDir, found: Found) -> None:
         if config.task.has_head:
             tokenizer = None
         _run(config, engine, tokenizer, lesson, run, found.checkpoint, trackers, base)
+
+
+def _digests(config: Config) -> dict[str, tuple[int, str]]:
+    return models.digests(config.model) | evaluation.digests(config.evaluation)
 
 
 def settle(config: Config, found: Found) -> Config:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedex_scale.aggregation.aggregate_report import AggregateReport, LayerReport
 from fedex_scale.aggregation.deviation import Deviation, measure
-from fedex_scale.aggregation.outliers import Likeness, notes
+from fedex_scale.aggregation.outliers import Likeness
 from fedex_scale.aggregation.ranks import is_streamed
 from fedex_scale.aggregation.side import Past, grow, split
 from fedex_scale.aggregation.weights import FoldStats, Target, as_stats, fold
@@ -124,12 +124,11 @@ def aggregate(
             target = targets[layer]
             update, clients, previous = update_of(round, method, layer, target.device, seed(layer))
             check_finite(layer, update.pair)
-            if not is_streamed(len(clients.pairs), round.rank):
-                likeness.add(clients)
+            few = not is_streamed(len(clients.pairs), round.rank)
+            likeness.add(clients, few=few)
             sinks.adapter(layer, update.pair)
             _send_corrections(layer, update, clients, sinks)
             if sinks.deviation is not None:
-                few = not is_streamed(len(clients.pairs), round.rank)
                 sinks.deviation(layer, measure(clients, previous) if few else None)
             past = round.past(layer, target.device) if round.past else None
             found, rest, crossed[layer] = _place(
@@ -141,10 +140,10 @@ def aggregate(
         report.layers.append(found)
         on_layer(layer)
     for name in like_of(round).full_weights if sinks.whole is not None else ():
-        sinks.whole(name, mean_blocks(round.clients, round.weights, name))
+        sinks.whole(name, mean_blocks(round.clients, round.weights, name, likeness))
     _add_stats(report, targets, stats, crossed)
     report.clients = likeness.clients()
-    report.outliers = notes(report.clients, _names(round.clients))
+    report.outliers = likeness.notes(_names(round.clients))
     return report
 
 

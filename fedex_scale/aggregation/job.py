@@ -13,7 +13,7 @@ from fedex_scale.aggregation.aggregator import Round, check_clients
 from fedex_scale.aggregation.ranks import MAX_SIDE_RANK, base_update_rank, is_streamed
 from fedex_scale.aggregation.screening import screen
 from fedex_scale.config.federation import AggregateSection, MethodConfig
-from fedex_scale.files.adapters import Adapter
+from fedex_scale.files.adapters import PREFIX, Adapter
 from fedex_scale.files.basefiles import BaseFiles, BaseWriter, base_directory
 from fedex_scale.files.tensorfile import SafetensorsReader
 from fedex_scale.methods.algebra import normalise_weights
@@ -25,10 +25,26 @@ MAX_RANK_OF_MANY = 128
 """Columns of the side adapter where the clients are too many to be in memory at once."""
 
 
+def _check_whole(adapter: Adapter, base: BaseFiles) -> None:
+    """Raise a UserError for a whole weight that the base has in another width.
+
+    Its height may be another one, of a vocabulary or of classes that were added.
+    """
+    for name, (_, shape) in adapter.full_specs().items():
+        layer, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        found = base.find(layer, kind)
+        if found is not None and base.shape(found)[1:] != shape[1:]:
+            raise UserError(
+                f"{adapter.path}: {name}: expected a weight as the base's, "
+                f"{tuple(base.shape(found))}, got {shape}; was it trained on another base model?"
+            )
+
+
 def prepare(job: Job) -> Plan:
     """Open and check everything before anything is written."""
     base = BaseFiles(base_directory(job.base))
-    check_out(job.out, apart_from=base.path)
+    for given in (base.path, *job.clients):
+        check_out(job.out, apart_from=given)
     most = 4 * len(base.names) + 1000  # factors, whole weights and copies of what BASE has
     adapters = [Adapter(path, most_tensors=most) for path in job.clients]
     for adapter in adapters:
@@ -36,6 +52,7 @@ def prepare(job: Job) -> Plan:
             raise UserError(
                 f"{adapter.path}: expected LoRA weights, found none; is it of method full?"
             )
+        _check_whole(adapter, base)
     adapters, weights, notes = _screened(job, adapters, _weights(job))
     rank = max(adapter.rank for adapter in adapters)
     update_rank = base_update_rank(job.method, len(adapters), rank)

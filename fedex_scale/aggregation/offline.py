@@ -10,17 +10,19 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
 
 from fedex_scale.aggregation.aggregator import AggregateReport, Sinks, aggregate
 from fedex_scale.aggregation.job import Job, Plan, num_bytes, prepare, round_of
 from fedex_scale.aggregation.weights import Target
-from fedex_scale.aggregation.whole import mean_blocks
 from fedex_scale.files.adapter_writers import AdapterWriter, target_suffixes
 from fedex_scale.files.adapters import CONFIG_FILE, WEIGHTS_FILE
 from fedex_scale.files.basefiles import BaseWriter
@@ -105,8 +107,11 @@ def _aggregate(
     with ExitStack() as stack:
         out = stack.enter_context(_open_adapter(scratch / "adapter", plan, plan.written_rank))
         clients = _open_clients(plan, scratch, stack) if job.method.assign == "keep" else []
-        sinks = _sinks(plan, out, clients)
-        report = aggregate(
+        sinks = replace(
+            _sinks(plan, out, clients),
+            whole=partial(_write_whole, scratch, out, clients, on_bytes),
+        )
+        return aggregate(
             round_of(plan),
             job.method,
             job.section,
@@ -115,21 +120,23 @@ def _aggregate(
             seed=lambda layer: derive_seed(job.seed, "fresh", layer),
             on_layer=lambda layer: on_bytes(4 * plan.written_rank * sum(plan.shapes[layer])),
         )
-        _write_full_weights(plan, scratch, out, clients, on_bytes)
-    return report
 
 
-def _write_full_weights(
-    plan: Plan, scratch: Path, out: AdapterWriter, clients: Sequence[AdapterWriter], on_bytes: Any
+def _write_whole(
+    scratch: Path,
+    out: AdapterWriter,
+    clients: Sequence[AdapterWriter],
+    on_bytes: Any,
+    name: str,
+    blocks: Iterable[Tensor],
 ) -> None:
-    """Write the clients' mean of each whole weight to the adapter, and from it to each client's."""
-    for name in plan.adapters[0].full_weights:
-        out.write_full(name, mean_blocks(plan.adapters, plan.weights, name))
-        mean = SafetensorsReader(scratch / "adapter" / WEIGHTS_FILE)
-        for writer in clients:
-            writer.write_full(name, mean.blocks(name))
-        entry = mean.entries[name]
-        on_bytes((1 + len(clients)) * (entry.end - entry.start))
+    """Write the clients' mean of a whole weight to the adapter, and from it to each client's."""
+    out.write_full(name, blocks)
+    mean = SafetensorsReader(scratch / "adapter" / WEIGHTS_FILE)
+    for writer in clients:
+        writer.write_full(name, mean.blocks(name))
+    entry = mean.entries[name]
+    on_bytes((1 + len(clients)) * (entry.end - entry.start))
 
 
 def _open_clients(plan: Plan, scratch: Path, stack: ExitStack) -> list[AdapterWriter]:

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from fedex_scale.methods.algebra import Clients
 
 EXACT_BELOW = 512  # input features up to which nothing is drawn
 COLUMNS = 8
+ROWS = 64
+PLACES = 4096
+COPY = 1e-6
+"""Share of their norms, up to which two updates differ that are one."""
 FACTOR = 10.0
 """Of the median, from which on an update's norm is told of; and one over it."""
 DEVIATIONS = 3.5
@@ -29,59 +35,112 @@ OPPOSED = -0.2
 
 @dataclass
 class Likeness:
-    """Inner products of the clients' updates, summed over layers."""
+    """Inner products of the clients' updates, summed over layers, and of the weights they train
+    whole; float64, in which a square of whatever float32 holds is finite."""
 
-    gram_KK: torch.Tensor | None = field(default=None, repr=False)
+    gram_KK: Tensor | None = field(default=None, repr=False)
+    whole_KK: Tensor | None = field(default=None, repr=False)
 
-    def add(self, clients: Clients) -> None:
-        """Add a layer whose clients are in memory."""
-        num_in = clients.pairs[0].A_RI.shape[1]
+    def add(self, clients: Clients, *, few: bool = True) -> None:
+        """Add a layer.
+
+        Args:
+            few: the clients are held in memory, and the layer's outputs are not drawn as well.
+        """
+        num_out, num_in = clients.pairs[0].B_OR.shape[0], clients.pairs[0].A_RI.shape[1]
+        right = _drawn(num_in, COLUMNS) if num_in > EXACT_BELOW else None
+        left = None if few else _drawn(num_out, ROWS)
         seen = []
-        draw = None
-        if num_in > EXACT_BELOW:
-            generator = torch.Generator().manual_seed(num_in)
-            draw = torch.randn(num_in, COLUMNS, generator=generator) / math.sqrt(COLUMNS)
         for pair in clients.pairs:
-            A_RI, B_OR = pair.A_RI.float(), pair.B_OR.float()
-            AP_RP = A_RI if draw is None else A_RI @ draw.to(A_RI.device)
-            seen.append((clients.scaling * (B_OR @ AP_RP)).flatten())
+            A_RI, B_OR = pair.A_RI.double(), clients.scaling * pair.B_OR.double()
+            AP_RP = A_RI if right is None else A_RI @ right.to(A_RI.device)
+            LB_SR = B_OR if left is None else left.T.to(B_OR.device) @ B_OR
+            seen.append((LB_SR @ AP_RP).flatten())
         seen_KN = torch.stack(seen)
-        gram = (seen_KN @ seen_KN.T).double().cpu()
-        self.gram_KK = gram if self.gram_KK is None else self.gram_KK + gram
+        self.gram_KK = _sum(self.gram_KK, (seen_KN @ seen_KN.T).cpu())
+
+    def add_whole(self, parts: Iterable[Tensor]) -> None:
+        """Add one part of a weight that clients train whole, one tensor a client.
+
+        Numbers of random signs share a few thousand places.
+        """
+        seen, signs = [], None
+        for part in parts:
+            flat = part.double().flatten()
+            if len(flat) > PLACES:
+                if signs is None:
+                    generator = torch.Generator().manual_seed(len(flat))
+                    signs = torch.randint(0, 2, (len(flat),), generator=generator) * 2 - 1
+                flat = pad(flat * signs, (0, -len(flat) % PLACES)).view(-1, PLACES).sum(0)
+            seen.append(flat)
+        seen_KN = torch.stack(seen)
+        self.whole_KK = _sum(self.whole_KK, seen_KN @ seen_KN.T)
 
     def clients(self) -> list[dict[str, float]]:
         """Return each client's norm, and the cosine of its update to the mean of the others'."""
-        if self.gram_KK is None or not self.gram_KK.isfinite().all():
-            return []
-        gram, found = self.gram_KK, []
-        for k in range(len(gram)):
-            own, shared = float(gram[k, k]), float(gram[k].sum() - gram[k, k])
-            others = float(gram.sum() - 2 * gram[k].sum() + gram[k, k])
-            size = math.sqrt(max(0.0, own * others))
-            cosine = max(-1.0, min(1.0, shared / size)) if size else 0.0
-            found.append({"norm": math.sqrt(max(0.0, own)), "cosine": cosine})
-        return found
+        return [] if self.gram_KK is None else _clients(self.gram_KK)
+
+    def notes(self, names: Sequence[object]) -> list[str]:
+        """Return a line for each client that stands out, or that is another one's copy."""
+        found = []
+        for gram_KK, what in ((self.gram_KK, "it"), (self.whole_KK, "what it trained whole")):
+            if gram_KK is not None and len(gram_KK) > 1:
+                found += _notes(gram_KK, names, what)
+        grams = [x for x in (self.gram_KK, self.whole_KK) if x is not None]
+        return found + _copies(grams, names)
 
 
-def notes(clients: Sequence[dict[str, float]], names: Sequence[object]) -> list[str]:
-    """Return a line for each client that stands out.
+def _drawn(num: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(num)
+    drawn = torch.randn(num, columns, generator=generator, dtype=torch.float64)
+    return drawn / math.sqrt(columns)
 
-    Args:
-        clients: as `Likeness.clients` tells.
-        names: of the clients.
-    """
+
+def _sum(total: Tensor | None, gram_KK: Tensor) -> Tensor:
+    return gram_KK if total is None else total + gram_KK
+
+
+def _clients(gram_KK: Tensor) -> list[dict[str, float]]:
     found = []
-    norms = [client["norm"] for client in clients]
-    for k, (client, name) in enumerate(zip(clients, names, strict=False)):
-        if len(norms) > 1 and (odd := _odd_norm(norms, k)):
-            found.append(f"{name}: {odd}")
-        if len(norms) > 1 and client["cosine"] < OPPOSED:
-            cosine = f"cosine {client['cosine']:.2f}"
-            found.append(f"{name}: it points against the others' mean ({cosine})")
+    for k in range(len(gram_KK)):
+        own, shared = float(gram_KK[k, k]), float(gram_KK[k].sum() - gram_KK[k, k])
+        others = float(gram_KK.sum() - 2 * gram_KK[k].sum() + gram_KK[k, k])
+        size = math.sqrt(max(0.0, own)) * math.sqrt(max(0.0, others))
+        cosine = max(-1.0, min(1.0, shared / size)) if size else 0.0
+        found.append({"norm": math.sqrt(max(0.0, own)), "cosine": cosine})
     return found
 
 
-def standing_out(gram_KK: torch.Tensor) -> list[int]:
+def _notes(gram_KK: Tensor, names: Sequence[object], what: str) -> list[str]:
+    clients, found = _clients(gram_KK), []
+    norms, whose = [client["norm"] for client in clients], "its" if what == "it" else f"{what}: its"
+    for k, (client, name) in enumerate(zip(clients, names, strict=False)):
+        if odd := _odd_norm(norms, k):
+            found.append(f"{name}: {whose} {odd}")
+        if client["cosine"] < OPPOSED:
+            cosine = f"cosine {client['cosine']:.2f}"
+            found.append(f"{name}: {what} points against the others' mean ({cosine})")
+    return found
+
+
+def _copies(grams: Sequence[Tensor], names: Sequence[object]) -> list[str]:
+    """Return a line for each client whose update is an earlier one's, however it is written."""
+    found = []
+    for k, name in enumerate(names):
+        for j in range(k):
+            alike = grams and name != names[j]  # else it is told of already
+            if alike and all(_same(gram_KK, j, k) for gram_KK in grams):
+                found.append(f"{name}: the same update as {names[j]}, which then counts twice")
+                break
+    return found
+
+
+def _same(gram_KK: Tensor, j: int, k: int) -> bool:
+    both = float(gram_KK[j, j] + gram_KK[k, k])
+    return both > 0 and both - 2 * float(gram_KK[j, k]) <= COPY**2 * both
+
+
+def standing_out(gram_KK: Tensor) -> list[int]:
     """Return the clients whose norm or direction is not like that of most; of two, nobody.
 
     A direction by the median of its cosines to the others': a mean of them is whatever the largest
@@ -108,8 +167,10 @@ def standing_out(gram_KK: torch.Tensor) -> list[int]:
 def _odd_norm(norms: Sequence[float], k: int) -> str:
     """Return what is unusual about a norm; nothing, if it is like the others."""
     usual, others = statistics.median_low(norms), [*norms[:k], *norms[k + 1 :]]
-    share = f"its norm is {norms[k] / usual:.3g} times the median" if usual else ""
-    if usual and not 1 / FACTOR < norms[k] / usual < FACTOR:
+    if not usual:
+        return f"norm is {norms[k]:.3g}, where most have 0" if norms[k] else ""
+    share = f"norm is {norms[k] / usual:.3g} times the median"
+    if not 1 / FACTOR < norms[k] / usual < FACTOR:
         return share
     z = _deviations(norms[k], others)
     return f"{share}, {z:.1f} robust standard deviations away" if z > DEVIATIONS else ""

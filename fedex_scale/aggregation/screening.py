@@ -185,4 +185,10 @@ def _alike(round: Round) -> list[int]:
 def _shares(weights: Sequence[float], stay: list[int]) -> list[float]:
     if len(stay) == len(weights):
         return list(weights)
-    return [weights[k] / sum(weights[j] for j in stay) for k in stay]
+    total = sum(weights[k] for k in stay)
+    if not total:
+        raise UserError(
+            "aggregate.robust: expected clients that are alike to have a weight above 0, got none; "
+            "give them weights, or look at their norms with robust: none"
+        )
+    return [weights[k] / total for k in stay]

@@ -65,6 +65,7 @@ def load_base(
         new = _read(model, BaseFiles(folder), device, partitioner(ds_config), heads)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+            models.check_generation(model, section)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "model_configs"
 MOST_LAYERS = 2000
+MOST_BEAMS = 64
 _DIGESTED = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 # Types whose attention was seen to keep examples in one row apart (tests/unit/test_packing.py).
 PACKABLE = ("gemma2", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -87,12 +88,7 @@ def digests(section: ModelSection) -> dict[str, tuple[int, str]]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix not in _DIGESTED or not path.is_file():
             continue
-        digest, size, block = hashlib.sha256(), 0, bytearray(2**22)
-        with door.opened(path) as file:
-            while count := file.readinto(block):
-                digest.update(memoryview(block)[:count])
-                size += count
-        found[path.name] = (size, digest.hexdigest())
+        found[path.name] = door.digest(path)
     return found
 
 
@@ -168,6 +164,7 @@ def load_model(
     A head that its files do not have, or have for other labels, is drawn from the kind's seed.
     """
     config = base_config(section, kind=kind)
+    _check_size(section, config, kind)
     options = {"dtype": dtype, "attn_implementation": attention(section, config), "config": config}
     if device.type != "cpu":  # straight there, and not by way of every rank's host memory
         options["device_map"] = {"": device}
@@ -194,8 +191,35 @@ def load_model(
             # At the first score bitsandbytes would lay 4-bit weights out anew for such a CPU, for
             # good, and no gradient passes through the kernel that reads them so.
             module.support_avx512bf16_for_cpu = False
+    check_generation(model, section)
     model.requires_grad_(False)
     return model
+
+
+def check_generation(model: PreTrainedModel, section: ModelSection) -> None:
+    """Raise a UserError for more answers at once than anybody means."""
+    settings = getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    at_once = math.prod(getattr(settings, name, None) or 1 for name in names)
+    if at_once > MOST_BEAMS:
+        raise UserError(
+            f"model.path: {section.path}: generation_config.json: expected at most {MOST_BEAMS} "
+            f"beams and sequences, got {at_once:,}; correct it"
+        )
+
+
+def _check_size(section: ModelSection, config: PretrainedConfig, kind: ModelKind) -> None:
+    """Raise a UserError where config.json tells of far more than a directory's weights hold."""
+    if not Path(section.path).is_dir():
+        return
+    found = (x for x in Path(section.path).iterdir() if x.suffix in (".safetensors", ".bin"))
+    held = 4 * sum(path.stat().st_size for path in found)  # of two bits at least
+    told = sum(weight.numel() for weight in meta_model(section, config, kind).parameters())
+    if 0 < held < told:
+        raise UserError(
+            f"model.path: {section.path}: its config.json tells of {told:,} weights, and its files "
+            f"hold at most {held:,}; bring the model anew"
+        )
 
 
 def base_config(

@@ -25,7 +25,7 @@ from typing import Any
 from fedex_scale.config.words import shown
 from fedex_scale.federation.state import Place
 from fedex_scale.files import checked, kinds
-from fedex_scale.files.run_dir import DEVIATION_FILE, RunDir
+from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import sync
@@ -46,8 +46,10 @@ class Checkpoint:
         metrics_bytes: length of metrics.jsonl at this place.
         metrics_sha256: of so much of it.
         boundary_bytes: its length where the running client had not begun.
-        base: size and SHA-256 of the base model's files, by name; none of random weights.
+        base: size and SHA-256 of the base model's files, by name (none of random weights), and of
+            those that are scored on.
         files: size and SHA-256 of every file that it relies on, by path in the run directory.
+        without: damaged files that it is gone on without; not in the manifest.
     """
 
     number: int
@@ -59,6 +61,7 @@ class Checkpoint:
     metrics_sha256: str = ""
     base: dict[str, tuple[int, str]] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     def without_running(self) -> Checkpoint:
         """Return the same where the running client has not begun."""
@@ -186,10 +189,8 @@ def rewind(run: RunDir, checkpoint: Checkpoint) -> None:
     after += [x for x in running.glob("*") if x not in done]
     for folder in after:
         shutil.rmtree(folder, ignore_errors=True)
-    for round in range(1, place.state.round + 1):
-        figures = run.server(round) / DEVIATION_FILE
-        if str(figures.relative_to(run.path)) not in checkpoint.files:  # it was damaged
-            figures.unlink(missing_ok=True)
+    for name in checkpoint.without:
+        (run.path / name).unlink(missing_ok=True)
     if run.metrics.exists() and run.metrics.stat().st_size > checkpoint.metrics_bytes:
         os.truncate(run.metrics, checkpoint.metrics_bytes)
 
@@ -215,13 +216,8 @@ def _is_own(folder: Path) -> bool:
 
 def entry_of(path: Path) -> tuple[int, str]:
     """Return a file's size and SHA-256, once it is on disk."""
-    digest, size = hashlib.sha256(), 0
-    with door.opened(path, inside=path.parent) as file:
-        os.fsync(file.fileno())
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+    sync(path)
+    return door.digest(path, inside=path.parent)
 
 
 def _files_under(folders: Iterable[Path]) -> list[Path]:

@@ -119,8 +119,8 @@ def check_base(
     changed += [name for name in digests if name not in last.base and name.endswith(".safetensors")]
     if changed:
         raise UserError(
-            f"resume: {config.model.path}: {', '.join(changed)} was changed since the run was "
-            "begun; bring the files back, or choose another run.name"
+            f"resume: {', '.join(changed)} was changed since the run was begun (the model is "
+            f"{config.model.path}); bring the files back, or choose another run.name"
         )
 
 

@@ -42,7 +42,7 @@ def salvaged(
     for name, problem in sorted(damaged.items()):
         place, client, score = checkpoint.place, _CLIENT.match(name), _SCORE.match(name)
         if name == "partition.json":
-            continue  # made again from the data, and compared
+            continue  # made again from the data, and compared with what is listed
         if name.startswith("final/"):
             checkpoint = replace(checkpoint, place=replace(place, finished=False))
             notes.append(f"{problem}; the final files are written again")
@@ -69,12 +69,14 @@ def salvaged(
             client and place.state.base_changed
         ):
             notes.append(f"{problem}; the run goes on without it, which it does not need")
+            checkpoint = replace(checkpoint, without=(*checkpoint.without, name))
         else:
             raise UserError(problem)
     files = {
         name: entry
         for name, entry in checkpoint.files.items()
-        if name not in damaged and _still_holds(name, checkpoint.place)
+        if name == "partition.json"
+        or (name not in damaged and _still_holds(name, checkpoint.place))
     }
     return replace(checkpoint, files=files), notes
 

@@ -43,7 +43,7 @@ def read_config(path: Path) -> dict:
     refused = {key: config.get(key) for key in _REFUSED if config.get(key)}
     if config.get("bias") not in (None, "none"):
         refused["bias"] = config["bias"]
-    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE):
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         refused["init_lora_weights"] = config["init_lora_weights"]
     if refused:
         key, value = next(iter(refused.items()))

@@ -41,6 +41,7 @@ BLOCK_BYTES = 2**23
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FORMAT = {"format": "pt"}  # as PyTorch's own
 MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 64  # as torch has them
 MAX_NAME = 1000
 _MAX_HEADER_BYTES = 2**24
 
@@ -275,8 +276,11 @@ def _read_header(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, E
     if count > most or too_long or text.count(b"{") > count + 2 + MAX_TENSORS // 100:
         raise ValueError(f"expected at most {most:,} tensors, got more")
     header = door.parse_json(text)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
     metadata = header.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
+    texts = metadata.values() if isinstance(metadata, dict) else [metadata]
+    if not all(isinstance(value, str) for value in texts):
         raise ValueError("its metadata are no text")
     entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
     last = 8 + length
@@ -296,6 +300,8 @@ def _entry(name: str, value: dict, begin: int) -> Entry:
     if value["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {value['dtype']}")
     dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape):,} dimensions")
     start, end = value["data_offsets"]
     if any(type(number) is not int or not 0 <= number < 2**48 for number in (*shape, start, end)):
         raise ValueError(f"{name} has a shape or a place that is no number of bytes")

@@ -7,6 +7,7 @@ for; all that a stranger could mean to do is a UserError.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from fedex_scale.runtime.errors import UserError
 MAX_JSON_BYTES = 2**26
 MAX_LINE_BYTES = 2**22
 MAX_DEPTH = 40
+MANY = 10_000  # lists and objects, from which on they are to hold something: each takes memory
 MAX_DIGITS = 20  # of a whole number; more are no count, size or seed
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -157,8 +159,23 @@ def read_lines(path: str | Path, *, inside: Path | None = None) -> Iterator[byte
             yield rest
 
 
+def digest(path: str | Path, *, inside: Path | None = None) -> tuple[int, str]:
+    """Return a file's size and SHA-256.
+
+    Raises:
+        OSError, UserError: as `opened` does.
+    """
+    found, size, block = hashlib.sha256(), 0, bytearray(2**22)
+    with opened(path, inside=inside) as file:
+        while count := file.readinto(block):
+            found.update(memoryview(block)[:count])
+            size += count
+    return size, found.hexdigest()
+
+
 def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
-    """Return what JSON holds: no key twice, no number beyond a double, no depth that hurts.
+    """Return what JSON holds: no key twice, no number beyond a double, no depth and no width that
+    hurts.
 
     Args:
         finite: refuse NaN and Infinity, which are no JSON; otherwise they come as floats.
@@ -167,6 +184,9 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
         ValueError: it is not that.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
+    groups = text.count("[") + text.count("{")
+    if groups > MANY and groups > len(text) / 8:
+        raise ValueError(f"{groups:,} lists and objects in {len(text):,} characters")
     try:
         tree = json.loads(
             text,
@@ -177,7 +197,7 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
         )
     except RecursionError:
         raise ValueError(f"more than {MAX_DEPTH} values within each other") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH or _SURROGATE.search(text):
+    if groups > MAX_DEPTH or _SURROGATE.search(text):
         _check_tree(tree)
     return tree
 

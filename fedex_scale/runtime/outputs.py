@@ -17,6 +17,8 @@ from pathlib import Path
 from fedex_scale.runtime.errors import UserError
 
 _MARK = "fedex-scale"
+PLAIN_HANDLERS: list[object] = [signal.SIG_DFL, signal.default_int_handler]
+"""Of signals that end this process: those that may be replaced while there is much to clean up."""
 
 
 class Interrupted(SystemExit):
@@ -138,10 +140,9 @@ def ending_cleanly(what: object) -> Iterator[None]:
     Where the process has its own answer to such requests, it keeps it.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    plain = (signal.SIG_DFL, signal.default_int_handler)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
-    own = [number for number in numbers if signal.getsignal(number) in plain]
+    own = [number for number in numbers if signal.getsignal(number) in PLAIN_HANDLERS]
 
     def end(number: int, frame: object) -> None:
         raise Interrupted(number, what)

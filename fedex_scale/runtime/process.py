@@ -11,10 +11,12 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from fedex_scale.runtime import launched, pipes
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import PLAIN_HANDLERS
 from fedex_scale.runtime.text import ReadableFormatter
 
 
@@ -56,7 +58,7 @@ def set_up_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its level anew when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    for category in (FutureWarning, UserWarning, DeprecationWarning):
+    for category in (FutureWarning, UserWarning, DeprecationWarning, RuntimeWarning):
         warnings.simplefilter("ignore", category)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -128,12 +130,22 @@ def _tell_of_fault(reason: str) -> None:
         time.sleep(1)  # stay while the others look who is left
 
 
-def _end_at_ctrl_c():
+def _end_at_ctrl_c() -> Any:
     """Let Ctrl-C end a command with a line and code 130; return what it did before."""
     if threading.current_thread() is not threading.main_thread():
         return None
 
-    def end(number: int, frame: object) -> None:
-        raise _Interrupted(128 + number)
+    return signal.signal(signal.SIGINT, _end)
 
-    return signal.signal(signal.SIGINT, end)
+
+def _end(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # Libraries take an exception for a module that is missing; and nothing is begun yet.
+            tell(_Interrupted.message)
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise _Interrupted(128 + number)
+
+
+PLAIN_HANDLERS.append(_end)

@@ -15,7 +15,7 @@ from fedex_scale.config.words import named
 from fedex_scale.data.chat import render, template_of
 from fedex_scale.data.prompts import BARE_PROMPT, Schema
 from fedex_scale.files.run_dir import RunDir
-from fedex_scale.runtime import distributed
+from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.runtime.outputs import make_inside, write_file
 from fedex_scale.scoring.evaluation import as_it_was
@@ -130,8 +130,8 @@ def page(
 
 def _read(file: Path) -> dict[str, str]:
     with reading(file, "delete it, and the answers before training are not shown"):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return {str(row["prompt"]): str(row["answer"]) for row in map(json.loads, lines)}
+        rows = [door.parse_json(line) for line in door.read_lines(file, inside=file.parent)]
+        return {str(row["prompt"]): str(row["answer"]) for row in rows}
 
 
 def _cell(text: str) -> str:

@@ -24,7 +24,7 @@ from fedex_scale.config.shipped import shipped
 from fedex_scale.config.words import named
 from fedex_scale.data.sources import cause_of
 from fedex_scale.data.suites import data_root
-from fedex_scale.runtime import distributed
+from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building
 from fedex_scale.scoring import stock_tasks
@@ -67,7 +67,7 @@ def check_tasks(section: EvaluationSection, positions: int | None = None) -> Non
             "evaluation.num_fewshot: expected 0 or none, as none of evaluation.tasks is a stock "
             f"task and this project's have no examples, got {section.num_fewshot}"
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _metrics_from_afar():
         tasks = [x for name in section.tasks for x in _load(name, section, manager, Path(scratch))]
     if positions is not None:
         _check_positions(tasks, positions)
@@ -113,7 +113,12 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # The commit of whatever repository one stands in says nothing, and git complains where none is.
     evaluator.get_git_commit_hash = lambda: None
-    with as_it_was(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+    with (
+        as_it_was(model),
+        torch.no_grad(),
+        tempfile.TemporaryDirectory() as scratch,
+        _metrics_from_afar(),
+    ):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=_wants_bos(model))
         spread_requests(lm, section.batch_size, tell)
         manager = _task_manager(section)
@@ -126,6 +131,28 @@ def evaluate(
             bootstrap_iters=BOOTSTRAPS,
         )
     return results or {}  # lm-eval answers on the first rank of a machine only
+
+
+@contextmanager
+def _metrics_from_afar() -> Iterator[None]:
+    """Let no task's metric be Python code of a directory that happens to lie where one stands."""
+    import evaluate as metrics
+
+    real = metrics.load
+
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).exists():
+            raise UserError(
+                f"evaluation.tasks: the metric {path} would be run from {Path(path).resolve()}, "
+                "which lies where you are; start from another directory"
+            )
+        return real(path, *args, **kwargs)
+
+    metrics.load = load
+    try:
+        yield
+    finally:
+        metrics.load = real
 
 
 def write_results(results: dict[str, Any], directory: Path) -> None:
@@ -270,6 +297,17 @@ def _check_files(section: EvaluationSection) -> None:
         for file in files.values() if isinstance(files, dict) else [files]:
             if not Path(str(file)).is_file():
                 raise UserError(f"evaluation.data: {task}: no file {file}; correct the path")
+
+
+def digests(section: EvaluationSection) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of the user's files that are scored on, by what to call them."""
+    files = [section.generate] if section.generate else []
+    for own in (section.data or {}).values():
+        files += own.values() if isinstance(own, dict) else [own]
+    if section.data_dir and section.tasks:
+        below = Path(section.data_dir).rglob("*.json*")
+        files += sorted(str(path) for path in below if path.is_file())
+    return {f"evaluation data {file}": door.digest(file) for file in files}
 
 
 def _task_manager(section: EvaluationSection) -> TaskManager:

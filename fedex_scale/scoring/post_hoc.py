@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel
 
 from fedex_scale.config.learning import ModelSection
@@ -24,6 +26,7 @@ from fedex_scale.engine import models
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, base_directory
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.methods.algebra import all_finite
 from fedex_scale.runtime import distributed
 from fedex_scale.runtime.display import make_display, scoring
 from fedex_scale.runtime.errors import UserError
@@ -128,6 +131,7 @@ def score(subject: Subject, out: Path) -> dict[str, Any]:
     model, device = distributed.together(lambda: load(subject)), distributed.device()
     if subject.model.quantization == "none":
         model.to(device)
+    distributed.together(lambda: _check_numbers(model, subject))
     display = make_display(Console(highlight=False))
     with display, scoring(display, Path(subject.model.path).name, print) as tell:
         results = evaluation.evaluate(model, tokenizer, subject.section, tell)
@@ -265,7 +269,35 @@ def load(subject: Subject) -> PreTrainedModel | PeftModel:
     base = models.load_model(section, dtype, distributed.device())
     if subject.adapter is None:
         return base
-    return PeftModel.from_pretrained(base, subject.adapter, config=_plain(Adapter(subject.adapter)))
+    config = _plain(Adapter(subject.adapter))
+    try:
+        return PeftModel.from_pretrained(base, subject.adapter, config=config)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever PEFT makes of names and shapes that the model lacks
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"--adapter: {subject.adapter}: cannot be loaded on {section.path}: {reason}; was it "
+            "trained on another base model?"
+        ) from None
+
+
+def _check_numbers(model: nn.Module, subject: Subject) -> None:
+    """Raise a UserError where a model holds NaN or Inf, or answers so, which scores as wrong."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not all_finite(weight.detach()):
+            part = "lora_" in name or "modules_to_save" in name
+            raise UserError(
+                f"{subject.adapter if part else subject.model.path}: {name}: expected finite "
+                "numbers, got NaN or Inf; bring its files anew"
+            )
+    with torch.no_grad():
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
+    if not all_finite(logits):
+        raise UserError(
+            f"{subject.adapter or subject.model.path}: expected a model whose answers are numbers, "
+            "got NaN or Inf; bring its files anew"
+        )
 
 
 def _plain(adapter: Adapter) -> LoraConfig:

@@ -69,6 +69,30 @@ def test_what_a_killed_process_left_is_deleted_by_the_next(begun, tmp_path: Path
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["whole"]
 
 
+@pytest.mark.parametrize("module", ["transformers", "matplotlib.pyplot"])
+def test_ctrl_c_ends_a_command_that_imports(module: str, tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys, threading
+from fedex_scale.runtime import process
+class Slow:  # Ctrl-C comes while a module of a library is imported
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+def app(_):
+    try:
+        __import__({module!r})
+    except BaseException as error:
+        print("taken for a module that is missing:", repr(error))
+process.main(app, [])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "stopped by SIGINT\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_cleans_up_and_says_so(number: signal.Signals, begun, tmp_path: Path) -> None:
     process = begun()

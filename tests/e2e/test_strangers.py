@@ -52,6 +52,27 @@ def test_a_base_whose_links_lead_out_is_not_copied(
     assert not out.exists()
 
 
+def test_out_does_not_lie_in_what_is_read(tiny_llama: Path, clients: list[Path], capsys) -> None:
+    arguments = ["--base", tiny_llama, "--out", clients[0] / "out", *clients]
+    assert f"lies inside {clients[0]}" in told(capsys, "aggregate", *arguments)
+    assert not (clients[0] / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["OLoRA", "pissa_niter_4"])
+def test_an_adapter_that_changes_its_base(
+    way: str, tiny_llama: Path, clients: list[Path], tmp_path: Path, capsys
+) -> None:
+    file = clients[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": way}))
+    out = tmp_path / "out"
+    assert way in told(capsys, "aggregate", "--base", tiny_llama, "--out", out, *clients)
+
+
+def test_lists_that_hold_nothing_take_no_memory() -> None:
+    with pytest.raises(ValueError, match="lists and objects in"):
+        door.parse_json("[" + "[]," * 20_000 + "0]")
+
+
 def test_what_was_checked_is_what_is_read(clients: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a").write_text("checked")
     with door.opened(tmp_path / "a") as file:

@@ -9,7 +9,7 @@ import torch
 from tiny import make_llama, random_pairs, save_adapter
 
 import fedex_scale
-from fedex_scale.aggregation.outliers import Likeness, notes
+from fedex_scale.aggregation.outliers import Likeness
 from fedex_scale.files.basefiles import BaseFiles
 from fedex_scale.methods.algebra import Clients, Pair
 
@@ -30,11 +30,11 @@ def pairs(num_clients: int, spread: float = 0.5, seed: int = 0) -> list[list[Pai
     return layers
 
 
-def likeness(layers: list[list[Pair]]) -> list[dict[str, float]]:
+def likeness(layers: list[list[Pair]], *, few: bool = True) -> Likeness:
     seen = Likeness()
     for clients in layers:
-        seen.add(Clients(clients, [1 / len(clients)] * len(clients), 0.5))
-    return seen.clients()
+        seen.add(Clients(clients, [1 / len(clients)] * len(clients), 0.5), few=few)
+    return seen
 
 
 def changed(layers: list[list[Pair]], k: int, factor: float) -> list[list[Pair]]:
@@ -44,9 +44,10 @@ def changed(layers: list[list[Pair]], k: int, factor: float) -> list[list[Pair]]
     ]
 
 
-def test_norms_and_cosines_are_those_of_the_products() -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_norms_and_cosines_are_those_of_the_products(few: bool) -> None:
     layers = pairs(3)
-    found = likeness(layers)
+    found = likeness(layers, few=few).clients()
     flat = [
         torch.cat([(0.5 * clients[k].B_OR @ clients[k].A_RI).flatten() for clients in layers])
         for k in range(3)
@@ -61,27 +62,63 @@ def test_norms_and_cosines_are_those_of_the_products() -> None:
 @pytest.mark.parametrize("num_clients", [2, 3, 8])
 def test_clients_that_differ_as_clients_do_are_not_told_of(num_clients: int) -> None:
     found = likeness(pairs(num_clients, spread=1.0))
-    assert notes(found, range(num_clients)) == []
+    assert found.notes(range(num_clients)) == []
 
 
-@pytest.mark.parametrize("factor", [1e6, 0.001])
-def test_a_norm_that_stands_out(factor: float) -> None:
-    found = likeness(changed(pairs(3), 1, factor))
-    (note,) = [x for x in notes(found, ["a", "b", "c"]) if x.startswith("b: its norm")]
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("factor", [1e34, 1e6, 0.001])
+def test_a_norm_that_stands_out(factor: float, few: bool) -> None:
+    found = likeness(changed(pairs(3), 1, factor), few=few)
+    (note,) = [x for x in found.notes(["a", "b", "c"]) if x.startswith("b: its norm")]
     assert note.endswith(" times the median")
-    assert float(note.split()[4]) == pytest.approx(factor, rel=0.1)
+    assert float(note.split()[4]) == pytest.approx(factor, rel=0.15)
 
 
 def test_of_many_clients_a_smaller_difference_stands_out() -> None:
     found = likeness(changed(pairs(8), 5, 4.0))
-    (note,) = notes(found, range(8))
+    (note,) = found.notes(range(8))
     assert note.startswith("5: its norm is")
     assert "robust standard deviations" in note
 
 
 def test_a_direction_that_stands_out() -> None:
     found = likeness(changed(pairs(3), 2, -1.0))
-    assert any(x.startswith("c: it points against") for x in notes(found, ["a", "b", "c"]))
+    assert any(x.startswith("c: it points against") for x in found.notes(["a", "b", "c"]))
+
+
+def test_one_of_many_that_trained_nothing() -> None:
+    layers = pairs(4)
+    for k in (0, 1, 2):
+        layers = changed(layers, k, 0.0)
+    (note,) = likeness(layers).notes("abcd")
+    assert note.startswith("d: its norm is")
+    assert note.endswith("where most have 0")
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_an_update_that_is_another_ones_however_it_is_written(few: bool) -> None:
+    layers = pairs(3)
+    order = torch.tensor([2, 0, 3, 1])
+    for clients in layers:
+        A_RI, B_OR = clients[0]
+        clients[2] = Pair(4 * A_RI[order], B_OR[:, order] / 4)
+    (note,) = likeness(layers, few=few).notes("abc")
+    assert note == "c: the same update as a, which then counts twice"
+
+
+@pytest.mark.parametrize("size", [50, 300_000])
+@pytest.mark.parametrize(
+    ("factor", "told"),
+    [(1e8, "times the median"), (-1.0, "points against"), (1.0, "same update as a")],
+)
+def test_a_weight_that_is_trained_whole(size: int, factor: float, told: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    own, other = (1 + 0.1 * torch.randn(size, generator=draw) for _ in range(2))
+    seen = Likeness()
+    seen.add_whole([own, other, factor * own])
+    found = seen.notes("abc")
+    assert any(x.startswith("c: ") and told in x for x in found)
+    assert not any(x.startswith(("a: ", "b: ")) for x in found)
 
 
 def test_a_poisoned_federation_is_told_of(tmp_path: Path) -> None:

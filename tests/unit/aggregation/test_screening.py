@@ -174,6 +174,12 @@ def test_a_round_of_which_most_stand_out_is_refused(build: Build) -> None:
         screen(build(1, 1, 1e3, 1e6), AggregateSection(robust="trimmed"))
 
 
+def test_those_that_are_left_have_no_weight(build: Build) -> None:
+    round = replace(build(1, 1, 1e3), weights=[0.0, 0.0, 1.0])
+    with pytest.raises(UserError, match="clients that are alike to have a weight above 0"):
+        screen(round, AggregateSection(robust="trimmed"))
+
+
 def test_a_client_without_a_server_is_measured_by_its_products(build: Build) -> None:
     round = build(1, 2, 3, previous=False)
     norms = [update_norm(client, None) for client in round.clients]

@@ -142,6 +142,24 @@ def test_a_base_that_was_changed_is_named(
     assert resume(config, run) == 0
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "heldout.jsonl"])
+def test_data_that_were_changed_are_named(
+    name: str, config: Path, whole: Path, killed: Path, capsys
+) -> None:
+    run, file = copied(killed, "changed"), config.parent / name
+    (run / "partition.json").write_bytes(b"")  # lost, too: it is made again from the data
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before.replace(b"1", b"2", 1))
+        assert resume(config, run) == 2
+    finally:
+        file.write_bytes(before)
+    told = capsys.readouterr().err
+    assert "the data are others" in told or "heldout.jsonl was changed since" in told
+    assert resume(config, run) == 0
+    assert_same_result(whole, run)
+
+
 def test_figures_that_nothing_needs_are_gone_on_without(
     config: Path, whole: Path, killed: Path, capsys
 ) -> None:
