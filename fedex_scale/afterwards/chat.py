@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from fedex_scale.config.settings import Config
+from fedex_scale.data.chat import render, template_of
 from fedex_scale.data.encode import begin_tokens
 from fedex_scale.data.prompts import schema_of
 from fedex_scale.engine import models
@@ -59,6 +60,7 @@ class Talker:
         self._tokenizer = models.load_tokenizer(subject.model)
         self._tokenizer.chat_template = template or self._tokenizer.chat_template
         self.form = self._form(form)
+        self._template = template_of(None, self._tokenizer) if self.form == "chat" else ""
         self._model = post_hoc.load(subject).eval()
         if subject.model.quantization == "none":
             self._model.to(distributed.device())
@@ -149,7 +151,7 @@ class Talker:
         tokenizer = self._tokenizer
         if self.form == "chat":
             turns = [*self._turns, {"role": "user", "content": question}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = render(turns, self._template, tokenizer, ask=True)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
         text = question
         if self.form == "trained":

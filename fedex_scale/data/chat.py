@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedex_scale.config.words import named
+from fedex_scale.data.template_trial import check_ends
 from fedex_scale.data.turns import Tools, Turns
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
+_TRIAL = [{"role": role, "content": "Well?"} for role in ("user", "assistant", "user")]
 TEMPLATES = Path(__file__).with_name("chat_templates")
 # A template that tells the model the date would make other tokens every day. A template is given
 # plain data only, so that the date's function has to be one of its own.
@@ -80,21 +83,38 @@ def render(
     Raises:
         UserError: the template refuses them.
     """
+    _try_out(template)
     try:
-        (text,), _ = render_jinja_template(
-            conversations=[turns],
-            tools=tools,
-            chat_template=_DATE_FUNCTION * ("strftime_now" in template) + template,
-            add_generation_prompt=ask,
-            date_string=_DATE,
-            **tokenizer.special_tokens_map,
-        )
-        return text
+        return _text(turns, template, tokenizer.special_tokens_map, ask=ask, tools=tools)
     except Exception as error:  # a template is a program, and may do anything wrong
         raise UserError(
             f"the chat template refuses the turns ({type(error).__name__}: {error!s:.100}); change "
             "them, or set data.chat_template"
         ) from None
+
+
+def _text(
+    turns: Turns,
+    template: str,
+    tokens: Mapping[str, Any],
+    *,
+    ask: bool,
+    tools: Tools | None = None,
+) -> str:
+    (text,), _ = render_jinja_template(
+        conversations=[turns],
+        tools=tools,
+        chat_template=_DATE_FUNCTION * ("strftime_now" in template) + template,
+        add_generation_prompt=ask,
+        date_string=_DATE,
+        **tokens,
+    )
+    return text
+
+
+@cache
+def _try_out(template: str) -> None:
+    check_ends(lambda: _text(_TRIAL, template, {}, ask=True))
 
 
 def _any_of(texts: set[str]) -> str:

@@ -62,7 +62,8 @@ def held(run: RunDir) -> Iterator[None]:
     Raises:
         UserError: another process has it, or the place cannot be written.
     """
-    path, parent = run.path, run.path.parent
+    # Of the place itself, whichever links lead there.
+    path, parent = run.path.resolve(), run.path.resolve().parent
     with ExitStack() as stack:
         try:
             make_parents(parent)

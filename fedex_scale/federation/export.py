@@ -76,7 +76,7 @@ def export_run(
             f"{directory}: expected a run that trained adapters, got one of method full; "
             "final/model is the model"
         )
-    check_out(out, apart_from=directory if merged else None)
+    check_out(out, apart_from=directory)
     if merged:
         return _export_merged(model, parts, out, dtype, last, on_layer)
     return _export_adapter(model.path, parts, out, rank, last, on_layer)
@@ -92,6 +92,12 @@ def _export_adapter(
 ) -> Exported:
     server = parts[0]
     whole = sum(part.rank for part in parts)
+    most = max(whole, *(max(server.shapes(layer)) for layer in server.layers))
+    if rank is not None and rank > most:
+        raise UserError(
+            f"export: --rank: expected at most {most:,}, the widest layer's, got {rank:,}; the "
+            f"adapter is exact from {whole} on"
+        )
     shapes = {layer: server.shapes(layer) for layer in server.layers}
     written = rank or whole
     num_bytes = sum(4 * written * sum(shape) for shape in shapes.values())

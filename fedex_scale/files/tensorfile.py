@@ -260,7 +260,7 @@ def _write_all(file, *data: memoryview) -> None:
 def _identity(file: BinaryIO) -> tuple[int, ...]:
     """Return what tells a file from another, or from itself once it was changed."""
     found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read_header(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, Entry]]:

@@ -125,6 +125,8 @@ def score(subject: Subject, out: Path) -> dict[str, Any]:
     Every rank of a launcher calls this; each holds the whole model and answers its share.
     """
     distributed.on_main(lambda: check_out(out))
+    if subject.known_as:  # a run, which somebody else may have made
+        _tell_files(subject.section)
     positions = distributed.together(lambda: models.positions(subject.model))
     distributed.together(lambda: evaluation.check_tasks(subject.section, positions))
     tokenizer = distributed.together(lambda: models.load_tokenizer(subject.model))
@@ -176,7 +178,7 @@ def _of_run(run: RunDir, adapter: Path | None, asked: Mapping[str, Any]) -> Subj
     whole = run.final / "model"
     if whole.is_dir():
         model = replace(config.model, path=str(whole), revision=None)
-        section = replace(config.evaluation, **asked)
+        section = replace(_without_code(config.evaluation, run, asked), **asked)
         out = run.path / "evaluations" / "scored"
         return Subject(model=model, adapter=adapter, section=section, out=out)
     if not final.is_dir():
@@ -216,6 +218,16 @@ def _without_code(
             run.path,
         )
     return replace(section, include_path=None)
+
+
+def _tell_files(section: EvaluationSection) -> None:
+    """Tell which files from elsewhere are scored on because a run's config says so."""
+    files: list[str] = []
+    for own in (section.data or {}).values():
+        files += own.values() if isinstance(own, dict) else [own]
+    far = [x for x in files if not Path(x).resolve().is_relative_to(Path.cwd())]
+    if far and distributed.is_main():
+        log.warning("scored on %s, as the run's config.yaml says", ", ".join(map(named, far)))
 
 
 def _trusting(model: ModelSection, name: str, trusted: bool) -> ModelSection:

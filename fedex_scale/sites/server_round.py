@@ -10,12 +10,11 @@ last, at one stroke: a round that was interrupted before is done again, to the s
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from fedex_scale.rounds import client_weights
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.faults import disk_errors
-from fedex_scale.runtime.outputs import sync, sync_tree, write_file
+from fedex_scale.runtime.outputs import lock, sync, sync_tree, write_file
 from fedex_scale.sites.arrived import Taken, take
 from fedex_scale.sites.base import facts_of, tell_base
 from fedex_scale.sites.sent import Sent, read_sent, write_sent
@@ -187,6 +186,8 @@ def _aggregate(
         sync(folder.parent)
     sync(run.path)
     say(f"round {sent.round} aggregated: {len(clients)} of {sent.clients} sites, {_kept(summary)}")
+    for note in summary["notes"]:
+        say(f"note: {note}")
     if state.round < config.federation.rounds:
         _send(run, facts, state, {name: getattr(sent, name) for name in KNOWN})
         say(f"round {state.round + 1} is open; send {_sent_path(run, state.round + 1)}")
@@ -246,11 +247,10 @@ def _sent_path(run: RunDir, number: int) -> Path:
 
 @contextmanager
 def _alone_at_work(directory: Path) -> Iterator[None]:
-    with (directory / ".lock").open("a+") as file:
+    file = directory / ".lock"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{directory}: another server-round is at work here; wait until it has ended"
-            ) from None
+            stack.enter_context(lock(file, str(directory)))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be a lock ({error.strerror}); delete it") from None
         yield

@@ -176,6 +176,13 @@ def test_two_runs_of_one_name(tmp_path: Path) -> None:
     refused = pytest.raises(UserError, match=f"process {os.getpid()} is at work there")
     with held(run), refused, held(run):
         pass
+    run.path.mkdir()
+    other = tmp_path / "other"
+    other.symlink_to(run.path)
+    refused = pytest.raises(UserError, match=f"process {os.getpid()} is at work there")
+    with held(run), refused, held(RunDir(other)):
+        pass
+    run.path.rmdir()
     with held(run):
         assert [x.name for x in (tmp_path / "runs").iterdir()] == [".mine.lock"]
     assert list((tmp_path / "runs").iterdir()) == []

@@ -73,6 +73,8 @@ def test_a_lower_rank_states_its_error(tiny_llama: Path, tmp_path: Path) -> None
         assert errors[-1] == pytest.approx((lost / total) ** 0.5, rel=1e-3, abs=1e-6)
     assert errors[0] > errors[1] > 0.01
     assert errors[2] < 1e-6
+    with pytest.raises(UserError, match="--rank: expected at most"):
+        export_run(run.directory.path, tmp_path / "wide", rank=10**6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), ("bfloat16", 0.05)])
