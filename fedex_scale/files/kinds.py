@@ -105,7 +105,10 @@ class RoundFile(Kind):
 
 
 class PartitionEntry(Kind):
+    client: Count | None = None
+    name: Name | None = None
     num_examples: Count
+    counts: dict[str, Count] | None = None
 
 
 class PartitionFile(Kind):

@@ -168,7 +168,8 @@ def _data_told(tree: Mapping[str, Any]) -> str:
     path = tree["config"]["data"]["path"]
     if path:
         return path if _is_hub_id(path) else Path(path).name
-    names = [part["name"] for part in tree["partition"]["clients"]]
+    parts = tree["partition"]["clients"]
+    names = [part.get("name") or f"client {k}" for k, part in enumerate(parts)]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

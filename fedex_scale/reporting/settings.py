@@ -39,11 +39,11 @@ def data(records: Sequence[Record]) -> list[Table]:
             kinds = []
         rows = [
             [
-                part.get("name", f"client {part['client']}"),
+                part.get("name") or f"client {k}",
                 f"{part['num_examples']:,}",
-                *(f"{part['counts'].get(kind, 0):,}" for kind in kinds),
+                *(f"{(part.get('counts') or {}).get(kind, 0):,}" for kind in kinds),
             ]
-            for part in parts[:50]
+            for k, part in enumerate(parts[:50])
         ]
         more = f" The first 50 of {len(parts)}." if len(parts) > 50 else ""
         whose = f"{run['name']}: " if len(records) > 1 else ""

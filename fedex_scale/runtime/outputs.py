@@ -44,6 +44,9 @@ def write_file(path: Path, data: str | bytes) -> None:
     """Write a file whole, text as UTF-8; what lay there, such as a link, is replaced.
 
     It is on disk before it has its name.
+
+    Raises:
+        UserError: a directory has its name.
     """
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -53,6 +56,8 @@ def write_file(path: Path, data: str | bytes) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
         sync(path.parent)
+    except IsADirectoryError:
+        raise UserError(f"{path}: expected a file there, got a directory; delete it") from None
     finally:
         scratch.unlink(missing_ok=True)
 

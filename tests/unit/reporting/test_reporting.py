@@ -18,6 +18,7 @@ from fedex_scale.reporting import costs, deviations, losses, record, samples, ta
 from fedex_scale.reporting.page import write_report
 from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.runtime.outputs import write_file
 
 SVG = "{http://www.w3.org/2000/svg}"
 Runs = Callable[..., Path]
@@ -106,8 +107,18 @@ def test_a_run_that_was_stopped_at_once_has_a_page(
     run.mkdir()
     for name in ("config.yaml", "partition.json"):
         shutil.copy(runs(tiny_llama) / name, run)
+    # As a server knows of its sites.
+    (run / "partition.json").write_text(json.dumps({"clients": [{"num_examples": 7}] * 2}))
     text = write_report([run], tmp_path / "out").read_text(encoding="utf-8")
     assert "This run has not finished: 0 of 2 rounds done." in text
+    assert "client 1" in text
+
+
+def test_a_directory_in_a_files_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(UserError, match=r"report\.json: expected a file there, got a directory"):
+        write_file(tmp_path / "report.json", "{}")
+    assert [x.name for x in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize("name", ["partition.json", "server/round-0001/aggregate.json"])
