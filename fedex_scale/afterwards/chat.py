@@ -165,7 +165,10 @@ def _trained_on(run: RunDir, config: Config) -> tuple[str | None, str | None]:
     data, file = config.data, run.path / "partition.json"
     with reading(file, "restore the files of this run"):
         told = checked.read(kinds.PartitionFile, file).model_dump()
-    known = schema_of(data, told.get("schema", data.schema))
+    name = told.get("schema", data.schema)
+    if name == "auto":  # a server that never saw the sites' rows
+        return "{instruction}", None
+    known = schema_of(data, name)
     if known.as_chat:
         return None, told.get("chat_template")
     return known.prompt if known.instruction else "{instruction}", None

@@ -123,7 +123,10 @@ def prompt_of(tree: Mapping[str, Any]) -> str | None:
     if tree["config"].get("task", {}).get("kind", "instruct") != "instruct":
         return None
     data = DataConfig(**tree["config"]["data"])
-    schema = schema_of(data, tree["partition"].get("schema", data.schema))
+    name = tree["partition"].get("schema", data.schema)
+    if name == "auto":  # a server that never saw the sites' rows
+        return None
+    schema = schema_of(data, name)
     bare = schema.as_chat or schema.instruction is None or schema.prompt == BARE_PROMPT
     return None if bare else schema.prompt
 
