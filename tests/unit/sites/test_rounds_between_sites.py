@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -86,10 +88,33 @@ def test_the_bits_are_those_of_the_simulation(case: str, folder: Path) -> None:
     if case == "full":  # what had no room is kept by the server, and offered again
         assert told(run, 2)["kept_of_all"] < 1
         assert (run / "server" / "round-0001" / "residual").is_dir()
+        used_afterwards(run)
     if case == "flora":
         assert told(run, 1)["weights"] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
     if case == "ffa":
         assert told(run, 1)["weights"] == pytest.approx([8 / 26, 9 / 26, 9 / 26])
+
+
+def used_afterwards(run: Path) -> None:
+    """Do with a federation's run, which knows no site's rows, what one does with any other."""
+    commands = {
+        "report": ("report", run, "--out", run.with_name("page")),
+        "export": ("export", run, "--out", run.with_name("exported")),
+        "merged": ("export", run, "--out", run.with_name("merged"), "--merged"),
+        "chat": ("chat", run, "--max-new-tokens", "4"),
+    }
+    for name, command in commands.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "fedex_scale.cli", *map(str, command)],
+            input="Hello\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, (name, done.stderr)
+        assert "Traceback" not in done.stderr, (name, done.stderr)
+    assert "client 2" in (run.with_name("page") / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_finished_round_is_handed_over_again_without_training(folder: Path, capsys) -> None:
