@@ -17,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install check model flower quickstart federation test test-all test-lowest lint docs bench clean
+.PHONY: help install check model flower quickstart federation test test-all test-lowest gpu gpus lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -63,6 +63,12 @@ test-lowest: .lowest/.installed  ## Import all and do a run with every dependenc
 	.lowest/bin/python -m pip install --quiet --requirement .lowest/requirements.txt
 	.lowest/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
+
+gpu: install  ## On a card's first day: the tests of one card, at most 9 minutes
+	$(BIN)/python -m pytest tests/gpu -m gpu --durations=10
+
+gpus: install  ## The same on two cards
+	FEDEX_SCALE_CARDS=2 $(BIN)/python -m pytest tests/gpu -m gpu --durations=10
 
 lint: install  ## Check style and format
 	$(BIN)/ruff check .

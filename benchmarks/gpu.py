@@ -3,8 +3,9 @@
     python benchmarks/gpu.py
 
 Training tokens/s at 512 tokens, as a share of the card's measured bf16 matmul rate and against
-transformers.Trainer + PEFT; a client switch; folds against a device copy; peak memory against
-`fedex-scale plan`; what ZeRO-3 and offload cost. No network. Without CUDA it says so and ends.
+transformers.Trainer + PEFT at its best micro-batch, without and with a side adapter; a client
+switch; folds against a device copy; peak memory against `fedex-scale plan`; what ZeRO-3 and offload
+cost. No network. Without CUDA it says so and ends.
 """
 
 from __future__ import annotations
@@ -83,17 +84,19 @@ def ratios(rows: dict[str, dict]) -> Iterator[Ratio]:
         ours = rows.get(f"{model}, ours")
         if part == "ours":
             share = row["rate trained"] / row["rate of a matmul"]
-            yield Ratio(name=f"{name}: share of the matmul rate", values=[share], at_least=0.6)
-            for mode in ("carry", "round", "side"):
+            yield Ratio(name=f"{name}: share of the matmul rate", values=[share], at_least=0.5)
+            for mode, most in (("round", 2), ("carry", 4)):  # which moves three times as much
                 slower = row[f"fold: {mode}"] / row["copy of the folded weights"]
-                yield Ratio(name=f"{name}: fold, {mode} / copy", values=[slower], at_most=2)
+                yield Ratio(name=f"{name}: fold, {mode} / copy", values=[slower], at_most=most)
+            yield Ratio(name=f"{name}: side (s)", values=[row["fold: side"]], at_most=3)
             yield Ratio(name=f"{name}: client switch (s)", values=[row["client switch"]], at_most=1)
             if "peak" in row:
                 ratio = row["planned"] / row["peak"]
                 yield Ratio(name=f"{name}: planned / peak memory", values=[ratio], at_most=1.1)
+                yield Ratio(name=f"{name}: peak / planned memory", values=[1 / ratio], at_most=1.1)
         elif ours:
             faster = ours["tokens"] / row["tokens"]
-            goal = {"at_least": 1.2} if part == "trainer" else {}
+            goal = {"at_least": 1.25} if part == "trainer" else {}
             yield Ratio(name=f"{model}: ours / {part}, tokens/s", values=[faster], **goal)
 
 
@@ -103,6 +106,8 @@ def measure_apart(model: str, part: str, left: float) -> dict:
         return {"error": "no time left"}
     command = [sys.executable, __file__, "--part", model, part]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    # The Trainer would take all that it sees, by DataParallel.
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, check=False, timeout=left

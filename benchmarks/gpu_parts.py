@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedex_scale.aggregation.weights import fold
+from fedex_scale.aggregation.weights import as_stats, fold
 from fedex_scale.config.learning import (
     DataConfig,
     EngineSection,
@@ -19,19 +19,22 @@ from fedex_scale.config.learning import (
     ModelSection,
     TrainSection,
 )
+from fedex_scale.config.section import replace
 from fedex_scale.config.settings import Config
 from fedex_scale.engine import models
 from fedex_scale.engine.build import Engine, build_engine
 from fedex_scale.engine.contents import fold_targets, read_pairs, set_side
+from fedex_scale.engine.parameters import Source
 from fedex_scale.engine.training import reset_for_client, train_step
 from fedex_scale.federation.client import take_factors
 from fedex_scale.methods.algebra import LowRank, Pair, compress
-from fedex_scale.planning.choice import make_plan
+from fedex_scale.planning.choice import Sizes
 from fedex_scale.planning.machine import this_machine
 from fedex_scale.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 LENGTH, STEPS, RANK, CLIENTS = 512, 4, 32, 3
+MOST = 16  # examples at once
 CUDA = torch.cuda.is_available()
 
 
@@ -40,11 +43,11 @@ def measure(model: str, part: str) -> None:
 
     deepspeed = str(ROOT / "ds_configs" / f"{part}.json") if part.startswith("zero") else None
     distributed.join_group(required=deepspeed is not None)
-    micro, checkpointing, planned, flops = choose(model, deepspeed)
-    setting = f"micro-batch {micro}, checkpointing {checkpointing}"
     if part == "trainer":
-        row = {"tokens": train_trainer(model, micro, checkpointing)}
+        setting, row = best_of_trainer(model)
     else:
+        micro, checkpointing, planned, flops = choose(model, deepspeed)
+        setting = f"micro-batch {micro}, checkpointing {checkpointing}"
         row = measure_ours(model, deepspeed, micro, checkpointing)
         if CUDA:
             row["planned"] = planned / 1e9
@@ -67,22 +70,30 @@ def config_of(model: str, deepspeed: str | None, micro: int, checkpointing: bool
         ),
         lora=LoraSection(rank=RANK),
         data=DataConfig(path="none.jsonl", max_length=LENGTH),
-        train=TrainSection(batch_size=micro, micro_batch_size=micro),
+        train=TrainSection(batch_size=micro, micro_batch_tokens=micro * LENGTH),
         engine=EngineSection(deepspeed=deepspeed),
     )
 
 
 def choose(model: str, deepspeed: str | None) -> tuple[int, bool, float, int]:
-    """Return the first setting that fits: micro-batch, checkpointing, planned bytes, FLOPs."""
+    """Return what `micro_batch_tokens: auto` takes.
 
-    machine = this_machine()
-    for micro, checkpointing in ((8, False), (4, False), (8, True), (2, True), (1, True)):
-        made = make_plan(config_of(model, deepspeed, micro, checkpointing), machine)
-        if made.chosen.fits:
+    That is the micro-batch, whether with checkpointing, the planned bytes, and the FLOPs.
+
+    With checkpointing only where less than two examples fit without it.
+    """
+    for checkpointing in (False, True):
+        config = config_of(model, deepspeed, MOST, checkpointing)
+        sizes = Sizes(config, this_machine())
+        auto = replace(config, train=replace(config.train, micro_batch_tokens="auto"))
+        filled = sizes.filled(auto)
+        micro = filled.train.micro_batch_tokens // LENGTH
+        if micro > 1:
             break
     # What torch allocates: the plan less what CUDA itself takes.
-    planned = sum(need.gpu for need in made.chosen.needs if need.name != "processes")
-    return micro, checkpointing, planned, made.work.flops
+    needs = sizes.estimate(filled).needs
+    planned = sum(need.gpu for need in needs if need.name != "processes")
+    return micro, checkpointing, planned, sizes.work(filled).flops
 
 
 def measure_ours(model: str, deepspeed: str | None, micro: int, checkpointing: bool) -> dict:
@@ -108,12 +119,34 @@ def measure_ours(model: str, deepspeed: str | None, micro: int, checkpointing: b
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     step()  # makes the optimizer's state
-    row = {"tokens": micro * LENGTH * STEPS / seconds_of(lambda: [step() for _ in range(STEPS)])}
+
+    def rate() -> float:
+        step()
+        return micro * LENGTH * STEPS / seconds_of(lambda: [step() for _ in range(STEPS)])
+
+    row = {"tokens": rate()}
+    server = dict(read_pairs(engine)).__getitem__
+    set_side(engine, random_side(engine))
+    reset_for_client(engine, server, side=True)
+    row["tokens with the side adapter"] = rate()
     if CUDA:
         row["peak"] = torch.cuda.max_memory_allocated() / 1e9
+    reset_for_client(engine, server, side=False)
     if deepspeed is None:
         row |= measure_switch(engine) | measure_folds(engine)
     return row
+
+
+def random_side(engine: Engine) -> Source:
+    """Return a full side adapter, as it is after the first round."""
+    columns = (CLIENTS - 1) * RANK
+    return lambda layer: Pair(
+        *(
+            1e-3 * torch.randn(shape)
+            for num_out, num_in in [engine.shapes()[layer]]
+            for shape in ((columns, num_in), (num_out, columns))
+        )
+    )
 
 
 def measure_switch(engine: Engine) -> dict[str, float]:
@@ -145,7 +178,10 @@ def measure_folds(engine: Engine) -> dict[str, float]:
     }
 
     def into_base(carry: bool) -> Callable[[], None]:
-        return lambda: [fold(targets[n], [piece], carry=carry) for n, piece in factors.items()]
+        # To read what the folds found is the one wait for all of them, as in a round.
+        return lambda: as_stats(
+            *(fold(targets[n], [piece], carry=carry) for n, piece in factors.items())
+        )
 
     flats = [layer.get_base_layer().weight.data for layer in engine.layers.values()]
     room = torch.empty_like(max(flats, key=lambda flat: flat.numel())).view(-1)
@@ -168,6 +204,25 @@ def side_of_all(engine: Engine, factors: dict[str, LowRank]) -> None:
         return Pair(kept.V_PI, kept.U_OP)
 
     set_side(engine, side)
+
+
+def best_of_trainer(model: str) -> tuple[str, dict]:
+    """Return the Trainer's best setting, of those that fit, and its tokens/s.
+
+    Without checkpointing, as far as memory goes; with it where not even one example fits.
+    """
+    found: dict[str, float] = {}
+    for checkpointing in (False, True):
+        for micro in (1, 2, 4, 8, MOST) if CUDA else (2,):
+            try:
+                rate = train_trainer(model, micro, checkpointing)
+            except torch.OutOfMemoryError:
+                break
+            found[f"micro-batch {micro}, checkpointing {checkpointing}"] = rate
+        if found:
+            break
+    setting = max(found, key=found.__getitem__)
+    return setting, {"tokens": found[setting]}
 
 
 def train_trainer(model: str, micro: int, checkpointing: bool) -> float:
