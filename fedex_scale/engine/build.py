@@ -37,6 +37,7 @@ class Engine:
     max_grad_norm: float
     side_rank: int
     has_planes: bool = False
+    by_example: bool = False
     kind: ModelKind = CAUSAL
     heads: tuple[str, ...] = ()
     whole: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -149,6 +150,7 @@ def build_engine(
         max_grad_norm=max_grad_norm,
         side_rank=side_rank,
         has_planes=has_planes,
+        by_example=model.attention in ("auto", "flash_attention_2"),
         kind=kind,
         heads=heads,
         whole=whole.parameters_of(peft_model, heads),

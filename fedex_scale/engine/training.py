@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fedex_scale.engine.build import Engine
+from fedex_scale.engine.by_example import attending, told
 from fedex_scale.engine.contents import set_adapter
 from fedex_scale.engine.fused import stacks_held
 from fedex_scale.engine.head import send
@@ -89,10 +90,17 @@ def train_step(
     ds, labels_stay = engine.deepspeed, getattr(engine.model.get_base_model(), "labels_stay", False)
     # A shard's layer is whole for a moment only, and stacks its factors anew.
     held = [] if engine.is_sharded else engine.layers.values()
-    with stacks_held(held, engine.dtype):
+    by_example = engine.by_example and all("position_ids" in batch for batch in micro_batches)
+    base = engine.model.get_base_model()
+    with (
+        stacks_held(held, engine.dtype),
+        attending(base) if by_example else nullcontext(),
+    ):
         for i, batch in enumerate(micro_batches):
             here = ("labels",) if labels_stay else ()
+            examples = told(base, batch, engine.device) if by_example else {}
             batch = {n: x if n in here else send(x, engine.device) for n, x in batch.items()}
+            batch |= examples
             if ds is not None:
                 ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             loss = engine.kind.loss(ds or engine.model, batch, units)

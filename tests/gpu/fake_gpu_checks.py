@@ -5,6 +5,7 @@ Run by tests/unit/test_devices.py, in a process of its own.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -97,12 +98,14 @@ def four_examples() -> Examples:
     )
 
 
-def test_a_step_waits_for_its_loss_and_nothing_else(config: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_waits_for_its_loss_and_nothing_else(config: Path, packed: bool) -> None:
     with fake_gpu(), patch.object(build, "load_base", new_base):
         engine, examples = on_gpu(config), four_examples()
         contents.set_side(engine, factors_of(engine, 6).__getitem__)
         training.reset_for_client(engine, factors_of(engine, 3).__getitem__, side=True)
-        batches = [collate(examples, pair, fallback=0, pad_id=0) for pair in ([0, 1], [2, 3])]
+        make = pack if packed else partial(collate, pad_id=0)
+        batches = [make(examples, pair, fallback=0) for pair in ([0, 1], [2, 3])]
         training.train_step(engine, batches, units=15, lr=1e-3)
         WAITS.clear()
         training.train_step(engine, batches, units=15, lr=1e-3)

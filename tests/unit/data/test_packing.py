@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 from tiny import SIZES
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.attention import varlen
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, masking_utils
 
 from fedex_scale.cli import main
 from fedex_scale.data.batching import MASKED, Examples, collate, pack
+from fedex_scale.engine.by_example import attending, told
 from fedex_scale.engine.models import PACKABLE
 
 LENGTHS = np.array([9, 1, 17, 5, 5, 12])
@@ -42,6 +46,15 @@ def examples() -> Examples:
     )
 
 
+def by_example(model: PreTrainedModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    with attending(model):
+        told_too = batch | told(model, batch, torch.device("cpu"))
+        with patch.object(masking_utils, "find_packed_sequence_indices") as looked_for:
+            found = loss_and_gradients(model, told_too)
+        assert not looked_for.called, "a mask of all tokens by all"
+        return found
+
+
 def loss_and_gradients(model: PreTrainedModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
     loss = model(**batch, use_cache=False, num_items_in_batch=40).loss
@@ -56,12 +69,49 @@ def test_the_loss_and_its_gradients_are_those_of_padded_examples(
     model, everyone = make_model(name, attention), range(len(LENGTHS))
     padded = loss_and_gradients(model, collate(examples, everyone, fallback=0, pad_id=0))
     packed = loss_and_gradients(model, pack(examples, everyone, fallback=0))
-    for one, other in zip(padded, packed, strict=True):
+    apart = by_example(model, pack(examples, everyone, fallback=0))
+    for one, other, another in zip(padded, packed, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(another, other, rtol=1e-4, atol=1e-5)
     together = {
         k: v for k, v in pack(examples, everyone, fallback=0).items() if k != "position_ids"
     }
     assert (loss_and_gradients(model, together)[0] - packed[0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gpt2"])
+def test_torchs_varlen_attention_is_asked_for_the_same(name: str, examples: Examples) -> None:
+    """In its place, as it needs a GPU, what its documentation says, by a mask of all by all."""
+    model, batch = make_model(name, "sdpa"), pack(examples, range(len(LENGTHS)), fallback=0)
+    expected = by_example(model, batch)
+    asked = Mock(side_effect=as_documented)
+    assert set(signature(varlen.varlen_attn).parameters) >= {"window_size", "enable_gqa", "scale"}
+    with (
+        patch.object(varlen, "varlen_attn", asked),
+        patch("fedex_scale.engine.by_example._varlen_can", lambda query, dropout: True),
+    ):
+        found = by_example(model, batch)
+    assert asked.called
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def as_documented(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
+    ends, (back, ahead) = cu_seq_q.tolist(), window_size
+    assert (max_q, max_k, ahead) == (max(LENGTHS), max(LENGTHS), 0)
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert cu_seq_q.dtype == torch.int32
+    whose = torch.repeat_interleave(torch.arange(len(ends) - 1), cu_seq_q.diff())
+    place = torch.arange(len(whose))
+    apart = place[:, None] - place[None]
+    seen = (whose[:, None] == whose[None]) & (apart >= 0)
+    seen &= apart <= (back if back >= 0 else len(whose))
+    parts = (x.transpose(0, 1)[None] for x in (query, key, value))
+    options = {"attn_mask": seen, "scale": scale, "enable_gqa": enable_gqa}
+    out = torch.nn.functional.scaled_dot_product_attention(*parts, **options)
+    return out[0].transpose(0, 1)
 
 
 def test_a_row_holds_every_token_once(examples: Examples) -> None:
