@@ -33,9 +33,9 @@ class ModelSection(Section, title="model"):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16, but float32 on a CPU that does not multiply bfloat16 fast."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """auto: eager for Gemma-2, whose soft-capping rules out sdpa; sdpa otherwise; and packed examples
-    each by itself. Any other: as transformers does it, sdpa and eager with a mask of all tokens by
-    all for packed ones."""
+    """auto: eager for Gemma-2, whose soft-capping rules out sdpa; sdpa otherwise; and packed
+    examples each by itself. Any other: as transformers does it, sdpa and eager with a mask of all
+    tokens by all for packed ones."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
     quantization: Literal["none", "int8", "nf4"] = "none"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, Optimizer
 from fedex_scale.engine import lora_model, models, whole
-from fedex_scale.engine.build_lock import naming_stale_locks
 from fedex_scale.engine.ds_config import read_ds_config, zero_stage
 from fedex_scale.engine.fused import FusedLinear, want_input_gradients
 from fedex_scale.engine.loading import load_base
+from fedex_scale.engine.ops import naming_stale_locks
 from fedex_scale.engine.parameters import (
     read_float32,
     resize,

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from fedex_scale.config.settings import Config
-from fedex_scale.engine import models
-from fedex_scale.engine.ds_config import read_ds_config
+from fedex_scale.engine import models, ops
+from fedex_scale.engine.ds_config import read_ds_config, read_settings
 from fedex_scale.planning import choice
 from fedex_scale.planning.machine import describe_machine
 from fedex_scale.runtime.errors import UserError
@@ -92,20 +92,33 @@ def _deepspeed(config: Config | None) -> Iterator[Finding]:
         return
     yield Finding("DeepSpeed", found)
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
-    ops = sorted({file.stem for file in cache.rglob("*.so")})
+    built = sorted({file.stem for file in cache.rglob("*.so")})
     tools = {"ninja": _version("ninja") or shutil.which("ninja"), "a C++ compiler": _compiler()}
     missing = [name for name, there in tools.items() if not there]
     remedy = (
         f"install {' and '.join(missing)}, with which the first run compiles" if missing else None
     )
-    text = ", ".join(ops) if ops else "none compiled yet; the first run takes minutes longer"
-    yield Finding("DeepSpeed's ops", text, remedy, bool(wanted and missing and not ops))
+    text = ", ".join(built) if built else "none compiled yet; the first run takes minutes longer"
+    yield Finding("DeepSpeed's ops", text, remedy, bool(wanted and missing and not built))
+    if config is not None and _on_nvme(config):
+        lacks = ops.lacks_for_aio()
+        what = "can be built" if lacks is None else "cannot be built"
+        yield Finding("DeepSpeed's AIO (NVMe)", what, lacks, lacks is not None)
     for lock in cache.rglob("lock"):
         age = time.time() - lock.stat().st_mtime
         remedy = f"if nothing compiles now: rm {lock}"
         stale = age > STALE_LOCK_S
         text = f"{lock} is {age / 60:.0f} min old: a start waits for it"
         yield Finding("DeepSpeed's ops", text, remedy, wanted and stale)
+
+
+def _on_nvme(config: Config) -> bool:
+    try:
+        zero = (read_settings(config.engine.deepspeed) or {}).get("zero_optimization", {})
+    except UserError:  # told of with the engine
+        return False
+    offloads = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    return any(offload.get("device") == "nvme" for offload in offloads)
 
 
 def _compiler() -> str | None:

@@ -229,7 +229,7 @@ def test_a_pipe_that_was_closed_before_a_word_is_no_error(locale: str) -> None:
 
 
 def test_a_stale_build_lock_is_named(tmp_path: Path, monkeypatch, caplog) -> None:
-    from fedex_scale.engine.build_lock import naming_stale_locks
+    from fedex_scale.engine.ops import naming_stale_locks
 
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)

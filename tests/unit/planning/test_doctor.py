@@ -11,6 +11,7 @@ from resuming import write_config
 
 from fedex_scale.cli import main
 from fedex_scale.config.load import load_config
+from fedex_scale.engine import ops
 from fedex_scale.planning import doctor
 from fedex_scale.planning.choice import make_plan
 from fedex_scale.planning.machine import this_machine
@@ -63,6 +64,27 @@ def test_a_config_that_cannot_run(
     code, lines = examine(capsys, "--config", config, *override.split())
     assert code == 1
     assert any(line.startswith(expected) for line in lines), lines
+
+
+@pytest.mark.parametrize("has_toolkit", [True, False])
+def test_what_nvme_needs_is_named(
+    has_toolkit: bool, config: Path, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lacks = None if has_toolkit else "install the CUDA toolkit"
+    monkeypatch.setattr(ops, "lacks_for_aio", lambda: lacks)
+    nvme = ["engine.deepspeed=zero3_nvme", f"engine.nvme_path={tmp_path}"]
+    code, lines = examine(capsys, "--config", config, *nvme)
+    (line,) = [line for line in lines if "AIO (NVMe)" in line]
+    assert line.startswith("ok" if has_toolkit else "FAIL")
+    assert (code == 0) == has_toolkit
+    _, lines = examine(capsys, "--config", config, "engine.deepspeed=zero2")
+    assert not any("AIO" in line for line in lines)
+
+
+def test_a_card_without_its_toolkit_builds_no_aio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(ops.torch.cuda, "is_available", lambda: True)
+    assert "CUDA_HOME" in ops.lacks_for_aio()
 
 
 def test_a_package_that_is_missing_counts_where_it_is_wanted(

@@ -1,4 +1,4 @@
-"""The lock that DeepSpeed's ops are built under, which a killed build leaves for ever."""
+"""DeepSpeed's compiled ops: what they need, and the lock that a killed build leaves for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
+import torch
+from torch.utils import cpp_extension
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def naming_stale_locks(patience_s: float = PATIENCE_S) -> Iterator[None]:
     torch makes such a file while it builds, and waits in silence where there is one; nothing in it
     says whose it is.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     if not locks:
         yield
@@ -44,3 +45,13 @@ def naming_stale_locks(patience_s: float = PATIENCE_S) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def lacks_for_aio() -> str | None:
+    """Return what the op for NVMe lacks; None where it can be built."""
+    # Its builder asks nvcc for a version.
+    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+        return "install the CUDA toolkit that torch was built with, and set CUDA_HOME to it"
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return None if AsyncIOBuilder().is_compatible(verbose=False) else "apt-get install libaio-dev"
