@@ -202,6 +202,8 @@ class Config(Section):
     def _robust_problems(self) -> Iterator[str]:
         robust, section = self.aggregate.robust, self.federation
         drawn = section.num_drawn(self.partition.num_clients)
+        if self.site.number is not None:  # the server's to know
+            return
         if robust != "none" and (self.method.name == "centralized" or drawn < 3):
             drawn = 1 if self.method.name == "centralized" else drawn
             yield (

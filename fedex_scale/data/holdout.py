@@ -22,7 +22,7 @@ def hold_out(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return of each client what it trains on, in its order, and what is held out, ascending.
 
-    Drawn by (seed, client) from the client's own examples.
+    Drawn by (seed, client) from the client's own examples; a site's, by its number.
 
     Raises:
         UserError: a client has nothing left to train on.
@@ -30,7 +30,8 @@ def hold_out(
     trained, held = [], []
     for client, (part, name) in enumerate(zip(parts, names, strict=True)):
         count = _count(len(part), name, config)
-        draw = np.random.Generator(np.random.PCG64(derive_seed(config.run.seed, "held", client)))
+        number = client if config.site.number is None else config.site.number
+        draw = np.random.Generator(np.random.PCG64(derive_seed(config.run.seed, "held", number)))
         chosen = set(draw.choice(len(part), size=count, replace=False).tolist())
         trained.append([index for at, index in enumerate(part) if at not in chosen])
         held.append(sorted(index for at, index in enumerate(part) if at in chosen))

@@ -175,7 +175,7 @@ class Client(Event, ClientFile):
 
 class Failure(Event):
     round: Round
-    client: Index
+    client: Index | None  # none of a result whose sender is not known
     reason: Text
     action: Name
 

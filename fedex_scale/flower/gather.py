@@ -107,6 +107,7 @@ def _steps(
             write_part(answer, part, scratch)
         number = int(json.loads((scratch / "client.json").read_text())["client"])
         _pin(run, number, who)
+        shutil.rmtree(arrived / _name(number), ignore_errors=True)  # of one who had no right to it
         scratch.rename(arrived / _name(number))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -175,15 +176,17 @@ def _go_on(talk: Talk, replies: list[Message], node: int, failures: dict[int, in
 
 
 def _pin(run: Path, number: int, who: "Node") -> None:
-    """Bind a client's number to the node of that name, or to the first one that uses it.
+    """Bind a client's number to the node of that name, or else to the first one that uses it.
 
     Raises:
         ValueError: the number, or the key, belongs to another.
     """
     path = run / "nodes.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known.setdefault(str(number), who.key)
     named = re.fullmatch(r"site-(\d+)", who.name)
+    if named and int(named[1]) == number:
+        known[str(number)] = who.key  # whoever used it meanwhile
+    known.setdefault(str(number), who.key)
     if (named and int(named[1]) != number) or known[str(number)] != who.key:
         raise ValueError(f"client {number} is another node, by its name or by {path}")
     if list(known.values()).count(who.key) > 1:

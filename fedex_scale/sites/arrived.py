@@ -18,10 +18,8 @@ from fedex_scale.files.adapters import WEIGHTS_FILE, Adapter
 from fedex_scale.files.run_dir import RunDir
 from fedex_scale.runtime.errors import UserError, reading
 from fedex_scale.sites.rank import whole_pair
-from fedex_scale.sites.sent import CLIENT_FILE, Returned, Sent, read_told, start_of
+from fedex_scale.sites.sent import CLIENT_FILE, LARGEST, Returned, Sent, read_told, start_of
 
-LARGEST = 1e6
-"""No trained factor comes near; sums and products of these stay within float32."""
 _REMEDY = "leave this site out, or let it send its result again"
 _MAX_HEADER_BYTES = 2**24
 

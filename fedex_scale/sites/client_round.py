@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,9 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from fedex_scale.config.load import Source
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.data.clients import Clients
 from fedex_scale.engine.build import Engine
-from fedex_scale.engine.contents import set_side
+from fedex_scale.engine.contents import set_adapter, set_side
 from fedex_scale.engine.models import check_packing, load_tokenizer
+from fedex_scale.engine.parameters import Source as Weights
 from fedex_scale.federation import checkpoint, server
 from fedex_scale.federation.checkpoint import Checkpoint
 from fedex_scale.federation.client import num_steps, read_update
@@ -49,17 +52,18 @@ from fedex_scale.runtime.outputs import building, check_out, make_parents
 from fedex_scale.runtime.phases import phase
 from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.trackers import Trackers
+from fedex_scale.scoring.loss import held_out_loss
 from fedex_scale.sites import rank
 from fedex_scale.sites.base import facts_of, tell_base
 from fedex_scale.sites.sent import (
     CLIENT_FILE,
     FORMAT,
     Sent,
+    check_state,
     fetch,
     other_base,
 )
 from fedex_scale.sites.settings import load_site
-from fedex_scale.tasks.interface import Examples
 
 
 def client_round(
@@ -106,7 +110,7 @@ class _Round:
             tokenizer = distributed.together(lambda: load_tokenizer(config.model))
             facts = distributed.together(lambda: self._checked_facts(tokenizer))
             lesson = distributed.together(lambda: load_lesson(config, tokenizer))
-            examples, told = lesson.clients.train[0], lesson.clients.report
+            told = lesson.clients.report
             run = RunDir(config.run.path / self._name(told))
             last = distributed.on_main(lambda: self._begin(run, told, server_dir, facts))
             check_shared(run.path)
@@ -116,7 +120,7 @@ class _Round:
                 engine = distributed.together(
                     lambda: engine_with(config, side_rank=1, kind=lesson.model)
                 )
-            self._train(engine, facts, examples, run, last)
+            self._train(engine, facts, lesson.clients, run, last)
         else:
             _tell(f"{run.path}: this round is finished; handing it over again")
         distributed.on_main(lambda: self._hand_over(run, out))
@@ -157,6 +161,7 @@ class _Round:
             parts = {"adapter": before / "adapter", "side": before / "side"}
             try:
                 fetch(server_dir, self._sent, parts)
+                check_state(self._sent, parts)
                 if not rank.is_servers(self._config.lora, self._sent):
                     rank.cut(self._config, facts, parts, has_side=self._sent.has_side)
             except BaseException:
@@ -168,11 +173,11 @@ class _Round:
         self,
         engine: Engine,
         facts: ModelFacts,
-        examples: Examples,
+        clients: Clients,
         run: RunDir,
         last: Checkpoint | None,
     ) -> None:
-        config, number = self._config, self._sent.round
+        config, number, examples = self._config, self._sent.round, clients.train[0]
         with (
             Saver(config, engine, run, last) as saver,
             Trackers(config.run.trackers, run.path) as trackers,
@@ -188,6 +193,8 @@ class _Round:
                 if state.has_side:
                     set_side(engine, Adapter(side).pair)
                 start_of = server.starts(config, facts, run, number)
+                if clients.held_out and saver.place.running is None:
+                    self._tell_held_out(engine, start_of, clients, monitor, side=state.has_side)
                 setting = (config, engine, examples, start_of, saver, monitor.log)
                 saver.attempt(self._client, partial(train, *setting), monitor.log)
                 saver.settle()
@@ -196,6 +203,23 @@ class _Round:
                 f"round {number}, client {self._client}: failed, and federation.on_client_failure "
                 "is skip; nothing is sent"
             )
+
+    def _tell_held_out(
+        self,
+        engine: Engine,
+        start_of: Callable[[int], Weights],
+        clients: Clients,
+        monitor: Monitor,
+        *,
+        side: bool,
+    ) -> None:
+        """Tell the loss of the server's model, as it came, on what this site holds out."""
+        set_adapter(engine, start_of(self._client), side=side)
+        size = self._config.train.at_once(self._config.data.max_length)
+        began = time.perf_counter()
+        found = held_out_loss(engine.model, clients.held_out, micro_batch_size=size)
+        seconds = time.perf_counter() - began
+        monitor.log("held_out", round=self._sent.round - 1, took_s=seconds, **found)
 
     def _hand_over(self, run: RunDir, out: Path) -> None:
         """Copy what the client sends to where it was asked for."""

@@ -20,9 +20,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedex_scale.config.federation import MethodName
+from fedex_scale.files.adapters import Adapter
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
+LARGEST = 1e6
+"""No trained factor comes near; sums and products of these stay within float32."""
 SERVER_FILE, CLIENT_FILE = "server.json", "client.json"
 FORMAT = 1
 ADAPTERS = ("adapter", "side")
@@ -67,8 +70,8 @@ class Sent(_Told):
     """
 
     format: Literal[1]
-    round: Annotated[int, Field(ge=1, lt=100_000)]
-    rounds: Annotated[int, Field(ge=1, lt=100_000)]
+    round: Annotated[int, Field(ge=1, le=100_000)]
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
     clients: Annotated[int, Field(ge=1, lt=1_000_000)]
     method: MethodName
     init: Literal["shared", "per_client"]
@@ -90,7 +93,7 @@ class Returned(_Told):
 
     format: Literal[1]
     start: Digest
-    round: Annotated[int, Field(ge=1, lt=100_000)]
+    round: Annotated[int, Field(ge=1, le=100_000)]
     client: Annotated[int, Field(ge=0, lt=1_000_000)]
     num_examples: Annotated[int, Field(ge=1, lt=2**53)]
     num_steps: Whole
@@ -158,6 +161,31 @@ def fetch(directory: Path, sent: Sent, into: Mapping[str, Path]) -> None:
                 f"{directory / name}: expected the file that {SERVER_FILE} names, got another; "
                 "fetch the server's state again"
             )
+
+
+def check_state(sent: Sent, parts: Mapping[str, Path]) -> None:
+    """Raise a UserError where a state's adapters are none that a server could have made.
+
+    Args:
+        parts: where `adapter` and `side` lie.
+    """
+    remedy = "fetch the server's state again, or ask who runs it"
+    for part in ADAPTERS[: 1 + sent.has_side]:
+        adapter = Adapter(parts[part])
+        if set(adapter.layers) != set(sent.layers) or adapter.full_weights:
+            raise UserError(f"{adapter.path}: expected the layers of {SERVER_FILE}; {remedy}")
+        for layer, shape in sent.layers.items():
+            rank = adapter.rank_of(layer)
+            if adapter.shapes(layer) != tuple(shape) or (part == "adapter" and rank != sent.rank):
+                raise UserError(
+                    f"{adapter.path}, layer {layer}: expected shape {tuple(shape)}, rank "
+                    f"{sent.rank}, got {adapter.shapes(layer)}, {rank}; {remedy}"
+                )
+            if not all(x.abs().max() <= LARGEST for x in adapter.pair(layer)):
+                raise UserError(
+                    f"{adapter.path}, layer {layer}: expected factors within {LARGEST:g}, got NaN, "
+                    f"Inf or larger ones; {remedy}"
+                )
 
 
 def write_sent(directory: Path, fields: Mapping[str, Any]) -> Sent:

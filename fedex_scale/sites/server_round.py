@@ -23,6 +23,7 @@ from fedex_scale.aggregation.ranks import side_rank_of
 from fedex_scale.config.load import Source
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.words import shown
 from fedex_scale.engine.models import load_tokenizer
 from fedex_scale.federation import server
 from fedex_scale.federation.directory import make_directory
@@ -77,8 +78,14 @@ def server_round(
         raise UserError(
             f"{directory}: was begun with other settings; leave --config out, or choose another RUN"
         )
+    if source is None and overrides:
+        raise UserError(
+            f"{directory}: settings are for a federation's beginning, with --config; leave out "
+            f"{shown(', '.join(map(str, overrides)))}"
+        )
     with _alone_at_work(directory), disk_errors(str(directory)):
         sent = open_round(run)
+        _tell_late(run, sent, say)
         if sent is None:
             say(f"{directory}: this federation is finished; nothing to do")
         elif source is not None:
@@ -86,6 +93,16 @@ def server_round(
         else:
             arrived = run.path / "arrived" / f"round-{sent.round:04d}"
             _aggregate(config, run, sent, arrived, say)
+
+
+def _tell_late(run: RunDir, sent: Sent | None, say: Callable[[str], None]) -> None:
+    """Tell of results that arrived for a round that is not open."""
+    awaited = None if sent is None else f"round-{sent.round:04d}"
+    for folder in sorted(run.path.glob("arrived/round-*")):
+        late = sorted(x.name for x in folder.iterdir() if not x.name.startswith("."))
+        if folder.name != awaited and late:
+            names = shown(", ".join(late))
+            say(f"{folder}: this round is not open, what arrived is left out ({names}); delete it")
 
 
 def open_round(run: RunDir) -> Sent | None:
@@ -167,7 +184,14 @@ def _aggregate(
     """Aggregate what arrived for a round, and open the next or write what is handed over."""
     began, facts = time.perf_counter(), _facts(config)
     taken = take(config, facts, run, sent, arrived, say)
-    weights = client_weights(config.federation, taken.updates)
+    try:
+        weights = client_weights(config.federation, taken.updates)
+    except UserError:
+        for name in taken.refused:  # so that the site is asked again
+            aside = arrived / f".refused-{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (arrived / name).rename(aside)
+        raise
     clients = [update.client for update in taken.updates]
     shutil.rmtree(run.server(sent.round), ignore_errors=True)
     state = ServerState(round=sent.round - 1, has_side=sent.has_side)

@@ -35,8 +35,8 @@ def load_site(source: Source, overrides: Overrides, server_dir: Path) -> tuple[C
     section = changed(config.federation, init=sent.init)
     alone = PartitionConfig(kind="contiguous", num_clients=1)
     fixed = {"fixed_examples": (), "max_examples": None, "min_clients": 1}
-    section, data = changed(section, **fixed), changed(config.data, holdout=0)  # nothing is scored
-    return changed(config, federation=section, partition=alone, data=data), sent, start
+    section = changed(section, **fixed)
+    return changed(config, federation=section, partition=alone), sent, start
 
 
 def _other_settings(config: Config, sent: Sent) -> Iterator[str]:

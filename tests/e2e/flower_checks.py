@@ -3,6 +3,7 @@
 flower_checks.py PACKAGE RUN_FOLDER
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -192,6 +193,13 @@ def main(folder: Path) -> None:
     there, grid, _ = gather(folder / "named", answers, names=names)
     assert there == ["site-0000", "site-0002"]
     assert grid.asked.count(8) == 1
+    # A number is that node's which was registered for it, whoever used it first.
+    names = {7: "clinic", 8: "site-0", 9: "site-2"}
+    answers = {7: result(2), 8: result(0), 9: result(2)}
+    there, grid, _ = gather(folder / "squat", answers, names=names)
+    assert there == ["site-0000", "site-0002"]
+    known = json.loads((folder / "squat" / "nodes.json").read_text())
+    assert known["2"] == hashlib.sha256(b"key 9").hexdigest(), known
     # Nobody has two numbers.
     there, grid, _ = gather(folder / "two", {7: result(0)}, sites=1)
     (folder / "two" / "arrived" / "round-0001" / "site-0000").rename(folder / "two" / "away")

@@ -17,6 +17,7 @@ from tiny import make_llama, near, save_adapter
 from fedex_scale import cli
 from fedex_scale.files.adapters import Adapter
 from fedex_scale.runtime.errors import UserError
+from fedex_scale.sites.sent import digest_of
 from fedex_scale.sites.server_round import server_round
 
 WEIGHTS = "adapter_model.safetensors"
@@ -223,6 +224,22 @@ def test_a_state_that_is_none_or_was_changed(folder: Path, capsys) -> None:
     files = {"../../escape": told["files"].popitem()[1]}
     (state / "server.json").write_text(json.dumps(told | {"files": files}))
     assert "expected the files" in client(folder, capsys, sent="state")
+
+
+@pytest.mark.parametrize(("number", "words"), [(float("nan"), "got NaN"), (1e30, "within 1e+06")])
+def test_a_state_that_no_server_made(number: float, words: str, folder: Path, capsys) -> None:
+    """Its digests are right: whoever made it meant it."""
+    state = folder / "poisoned"
+    shutil.rmtree(state, ignore_errors=True)
+    shutil.copytree(folder / "run" / "sent" / "round-0001", state)
+    file = state / "adapter" / WEIGHTS
+    tensors = load_file(file)
+    tensors[min(tensors)].fill_(number)
+    save_file(tensors, file)
+    told = json.loads((state / "server.json").read_text())
+    told["files"][f"adapter/{WEIGHTS}"] = [file.stat().st_size, digest_of(file)]
+    (state / "server.json").write_text(json.dumps(told))
+    assert words in client(folder, capsys, sent="poisoned")
 
 
 def test_other_settings_of_a_run_that_was_begun(folder: Path, capsys) -> None:

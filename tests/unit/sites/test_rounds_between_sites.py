@@ -19,6 +19,7 @@ from fedex_scale.federation.saves import Saver
 from fedex_scale.federation.state import Place
 from fedex_scale.files.adapters import WEIGHTS_FILE, Adapter
 from fedex_scale.files.run_dir import RunDir
+from fedex_scale.reporting.page import write_report
 from fedex_scale.run import run_config
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.sites import server_round as rounds_of_server
@@ -30,6 +31,7 @@ CASES = {
     "per_client": ["federation.init=per_client", "lora.dropout=0.1"],
     "ffa": ["method.name=ffa", "federation.max_examples=9"],
     "flora": ["method.name=flora", "federation.fixed_examples=[3,2,1]"],
+    "held out": ["data.holdout=0.2"],
 }
 
 
@@ -83,6 +85,11 @@ def test_the_bits_are_those_of_the_simulation(case: str, folder: Path) -> None:
     run = begin(folder, case, *options)
     for number in (1, 2):
         advance(folder, run, number, *[x for x in options if "fixed" not in x])
+        if case == "held out":
+            (lines, *_) = (folder / "sites" / run.name).rglob(f"round-{number:04d}-*/metrics.jsonl")
+            told_at_site = [json.loads(x) for x in lines.read_text().splitlines()]
+            (loss,) = [x["loss"] for x in told_at_site if x["event"] == "held_out"]
+            assert loss > 0
     assert (run / "final" / "adapter").is_dir()
     assert same(folder / f"{case}-simulated", run)
     if case == "full":  # what had no room is kept by the server, and offered again
@@ -216,6 +223,48 @@ def test_a_site_that_missed_a_round_needs_no_catching_up(folder: Path) -> None:
     shutil.copytree(out, folder / "kept")
     shutil.rmtree(out)
     assert files(train(folder, run, 2, 2)) == files(folder / "kept")
+
+
+def test_a_refused_result_is_asked_for_again(folder: Path) -> None:
+    run = begin(folder, "again", "federation.min_clients=3")
+    for site in range(NUM_SITES):
+        train(folder, run, 1, site)
+    arrived = run / "arrived" / "round-0001"
+    (arrived / "from-1" / WEIGHTS_FILE).write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"federation\.min_clients: expected 3 clients, got 2"):
+        server_round(run, say=lambda line: None)
+    assert not (arrived / "from-1").exists(), "its place is free"
+    assert (arrived / ".refused-from-1" / WEIGHTS_FILE).read_bytes() == b"torn"
+    train(folder, run, 1, 1)
+    server_round(run, say=lambda line: None)
+    assert told(run, 1)["clients"] == [0, 1, 2]
+
+
+def test_a_refused_result_stands_in_the_report_and_a_late_one_is_named(folder: Path) -> None:
+    run, said = begin(folder, "torn"), []
+    for site in range(NUM_SITES):
+        train(folder, run, 1, site)
+    arrived = run / "arrived" / "round-0001"
+    shutil.copytree(arrived / "from-0", folder / "late")
+    (arrived / "from-1" / WEIGHTS_FILE).write_bytes(b"torn")
+    server_round(run, say=said.append)
+    page = write_report([run], folder / "page-of-torn").read_text(encoding="utf-8")
+    assert "from-1" in page
+    shutil.copytree(folder / "late", arrived / "from-0")
+    with pytest.raises(UserError, match="min_clients"):
+        server_round(run, say=said.append)
+    assert any("this round is not open" in line and "from-0" in line for line in said)
+    with pytest.raises(UserError, match="settings are for a federation's beginning"):
+        server_round(run, None, ["lora.rank=2"], say=said.append)
+    begin(folder, "many", "federation.rounds=100000")
+
+
+def test_a_site_may_say_what_the_server_does_with_outliers(folder: Path) -> None:
+    run = begin(folder, "robust", "aggregate.robust=trimmed")
+    for site in range(NUM_SITES):
+        train(folder, run, 1, site, "aggregate.robust=trimmed")
+    server_round(run, say=lambda line: None)
+    assert told(run, 1)["clients"] == [0, 1, 2]
 
 
 def test_too_few_sites_change_nothing(folder: Path) -> None:
