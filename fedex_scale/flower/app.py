@@ -9,13 +9,14 @@ counts lies in RUN and at the sites: whatever is killed, `flwr run` once more go
 
 import ctypes
 import fcntl
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -108,13 +109,22 @@ def _call_server(settings: dict, *options: str) -> None:
 
 
 def _call(command: list[str]) -> int:
-    """Run a command that ends when this process does, and return its exit code."""
+    """Run a command that ends when this process does, or its parent, and return its exit code.
+
+    A SuperNode that is killed leaves its ClientApp, whose answer nobody takes.
+    """
     libc = ctypes.CDLL(None)
     set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     process = subprocess.Popen(
         command, preexec_fn=lambda: libc.prctl(set_death_signal, signal.SIGTERM)
     )
-    return process.wait()
+    parent = os.getppid()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1)
+        if os.getppid() != parent:
+            process.terminate()
+            return process.wait()
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class Sent(_Told):
     format: Literal[1]
     round: Annotated[int, Field(ge=1, le=100_000)]
     rounds: Annotated[int, Field(ge=1, le=100_000)]
-    clients: Annotated[int, Field(ge=1, lt=1_000_000)]
+    clients: Annotated[int, Field(ge=1, le=1_000_000)]
     method: MethodName
     init: Literal["shared", "per_client"]
     rank: Annotated[int, Field(ge=1, lt=2**20)]

@@ -128,11 +128,15 @@ def _begin(run: RunDir, config: Config, say: Callable[[str], None]) -> None:
     scratch = RunDir(run.path.with_name(f".{run.path.name}.begun"))
     with disk_errors(str(run.path)):
         shutil.rmtree(scratch.path, ignore_errors=True)
-        nobody = [{"num_examples": 0}] * config.partition.num_clients
-        make_directory(config, scratch, json.dumps({"clients": nobody}) + "\n")
-        server.draw_adapter(config, facts, scratch)
-        _send(scratch, facts, ServerState(), fields)
-        _publish(scratch.path, run.path)
+        try:
+            nobody = [{"num_examples": 0}] * config.partition.num_clients
+            make_directory(config, scratch, json.dumps({"clients": nobody}) + "\n")
+            server.draw_adapter(config, facts, scratch)
+            _send(scratch, facts, ServerState(), fields)
+            _publish(scratch.path, run.path)
+        except BaseException:
+            shutil.rmtree(scratch.path, ignore_errors=True)
+            raise
     say(f"round 1 is open; send {_sent_path(run, 1)}")
 
 

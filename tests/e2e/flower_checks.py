@@ -5,6 +5,7 @@ flower_checks.py PACKAGE RUN_FOLDER
 
 import hashlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -148,6 +149,28 @@ def gather(folder, answers, deadline=60.0, sites=3, names=()):
     return there, grid, time.monotonic() - began
 
 
+def ends_with_its_parent(folder: Path) -> None:
+    """A command that a ClientApp started ends when the SuperNode is gone that started the app."""
+    program = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(rounds.__file__).parents[1])!r})
+from flower.app import _call
+if os.fork():
+    time.sleep(2)  # the SuperNode, which is killed
+    os._exit(0)
+_call([sys.executable, "-c", "import os, pathlib, time; "
+       "pathlib.Path({str(folder / "pid")!r}).write_text(str(os.getpid())); time.sleep(60)"])
+pathlib = __import__("pathlib")
+pathlib.Path({str(folder / "ended")!r}).touch()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (folder / "ended").exists():
+        time.sleep(0.1)
+    assert (folder / "ended").exists()
+    assert not Path(f"/proc/{(folder / 'pid').read_text()}").exists()
+
+
 def main(folder: Path) -> None:
     rounds.LOOK_EVERY_S, rounds.MIN_PIECE = 0.001, 300
     # Flower's own wants to be within a run.
@@ -205,6 +228,7 @@ def main(folder: Path) -> None:
     (folder / "two" / "arrived" / "round-0001" / "site-0000").rename(folder / "two" / "away")
     there, grid, _ = gather(folder / "two", {7: result(1)}, sites=1)
     assert there == []
+    ends_with_its_parent(folder)
     print("all is well")
 
 
