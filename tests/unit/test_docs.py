@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,11 @@ def test_the_dockerfile_s_steps_install_a_program_that_runs(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "quickstart" in done.stdout
     assert 'ENTRYPOINT ["fedex-scale"]' in text
+
+
+def test_every_folder_of_tests_is_looked_into(pytestconfig: pytest.Config) -> None:
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "tests").rglob("test_*.py")}
+    names = {name for folder in folders for name in folder.parts}
+    assert {"dist", "e2e", "unit"} <= names
+    assert not [name for name in names if any(fnmatch(name, x) for x in left_out)]
