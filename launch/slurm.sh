@@ -15,10 +15,13 @@
 set -euo pipefail
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname --ip-address | cut -d ' ' -f 1)
+# As Slurm itself reaches it: on some systems a host's own name is an address of loopback.
+address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 port=$((20000 + SLURM_JOB_ID % 10000))
 
-exec srun --kill-on-bad-exit=1 .venv/bin/torchrun \
+export RENDEZVOUS="$address:$port"
+exec srun --kill-on-bad-exit=1 bash -c 'exec .venv/bin/torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$address:$port" \
-    launch/instruct.py --config "$@" --resume
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" \
+    --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+    launch/instruct.py --config "$@" --resume' torchrun "$@"

@@ -216,7 +216,7 @@ class ResultsFile(Kind):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=True, frozen=True)
 
-    results: Annotated[dict[Name, dict[Name, Any]], Field(max_length=10_000)]
+    results: Annotated[dict[Name, dict[Name, Any]], Field(max_length=1_000)]
     n_samples: dict[Name, dict[Name, Any]] = Field(default={}, alias="n-samples")
 
 
