@@ -12,18 +12,20 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedex_scale.methods.algebra import Clients
+from fedex_scale.methods.algebra import Clients, all_finite
 
 EXACT_BELOW = 512  # input features up to which nothing is drawn
 COLUMNS = 8
 ROWS = 64
 PLACES = 4096
-COPY = 1e-6
+SMALL = 1e-30  # of a squared norm
+COPY = 3e-6
 """Share of their norms, up to which two updates differ that are one."""
 FACTOR = 10.0
 """Of the median, from which on an update's norm is told of; and one over it."""
@@ -47,17 +49,11 @@ class Likeness:
         Args:
             few: the clients are held in memory, and the layer's outputs are not drawn as well.
         """
-        num_out, num_in = clients.pairs[0].B_OR.shape[0], clients.pairs[0].A_RI.shape[1]
-        right = _drawn(num_in, COLUMNS) if num_in > EXACT_BELOW else None
-        left = None if few else _drawn(num_out, ROWS)
-        seen = []
-        for pair in clients.pairs:
-            A_RI, B_OR = pair.A_RI.double(), clients.scaling * pair.B_OR.double()
-            AP_RP = A_RI if right is None else A_RI @ right.to(A_RI.device)
-            LB_SR = B_OR if left is None else left.T.to(B_OR.device) @ B_OR
-            seen.append((LB_SR @ AP_RP).flatten())
-        seen_KN = torch.stack(seen)
-        self.gram_KK = _sum(self.gram_KK, (seen_KN @ seen_KN.T).cpu())
+        gram_KK = _gram(clients, few, torch.float32)
+        sizes = gram_KK.diagonal()
+        if not all_finite(gram_KK) or sizes.min() < SMALL:  # of what float32 may not hold
+            gram_KK = _gram(clients, few, torch.float64)
+        self.gram_KK = _sum(self.gram_KK, gram_KK)
 
     def add_whole(self, parts: Iterable[Tensor]) -> None:
         """Add one part of a weight that clients train whole, one tensor a client.
@@ -90,10 +86,25 @@ class Likeness:
         return found + _copies(grams, names)
 
 
+def _gram(clients: Clients, few: bool, dtype: torch.dtype) -> Tensor:
+    """Return one layer's inner products, float64, of sketches that are computed in `dtype`."""
+    num_out, num_in = clients.pairs[0].B_OR.shape[0], clients.pairs[0].A_RI.shape[1]
+    right = _drawn(num_in, COLUMNS) if num_in > EXACT_BELOW else None
+    left = None if few else _drawn(num_out, ROWS)
+    seen = []
+    for pair in clients.pairs:
+        A_RI, B_OR = pair.A_RI.to(dtype), pair.B_OR.to(dtype)
+        AP_RP = A_RI if right is None else A_RI @ right.to(A_RI)
+        LB_SR = B_OR if left is None else left.T.to(B_OR) @ B_OR
+        seen.append((clients.scaling * (LB_SR @ AP_RP)).flatten().double())
+    seen_KN = torch.stack(seen)
+    return (seen_KN @ seen_KN.T).cpu()
+
+
+@lru_cache(maxsize=64)
 def _drawn(num: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(num)
-    drawn = torch.randn(num, columns, generator=generator, dtype=torch.float64)
-    return drawn / math.sqrt(columns)
+    return torch.randn(num, columns, generator=generator) / math.sqrt(columns)
 
 
 def _sum(total: Tensor | None, gram_KK: Tensor) -> Tensor:
