@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import yaml
 
 from fedex_scale.config.section import to_dict
 from fedex_scale.config.settings import Config
+from fedex_scale.config.words import shown
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building, check_out
 
@@ -93,6 +95,14 @@ def write_app(
     check_out(out)
     if not config_file.is_file():
         raise UserError(f"--config: expected a file of the server, got {config_file}; name one")
+    host, _, port = address.rpartition(":")
+    if not (_is_host(host.strip("[]")) and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--address: expected HOST:PORT, got {shown(address)}; correct it")
+    if not certificate.is_file():
+        raise UserError(
+            f"--certificate: expected a PEM file, found none at {certificate}; federate keys makes "
+            "ca.pem"
+        )
     values = {"command": command, "config": config_file.resolve(), "run": run.resolve()}
     connection = {"address": address, "certificate": certificate.resolve()}
     with building(out, num_bytes=2**16) as scratch:
@@ -106,7 +116,11 @@ def write_app(
             name: section for name, section in to_dict(config).items() if name in _SITE_SECTIONS
         }
         tree |= {"run": {"name": "site", "seed": config.run.seed}, "site": {"number": 0}}
-        tree |= {"data": {"path": "data.jsonl"}}
+        # As a simulation with these settings holds rows out.
+        share = config.data.holdout
+        if isinstance(share, str) and (share != "auto" or config.evaluation.tasks):
+            share = 0
+        tree |= {"data": {"path": "data.jsonl", "holdout": share}}
         text = _SITE + yaml.safe_dump(tree, sort_keys=False)
         (scratch / "site.yaml").write_text(text, encoding="utf-8")
 
@@ -118,6 +132,9 @@ def write_keys(out: Path, hosts: Sequence[str], sites: int) -> None:
         UserError: openssl or ssh-keygen is missing, or refuses.
     """
     check_out(out)
+    for host in hosts:
+        if not _is_host(host):
+            raise UserError(f"--host: expected a name or an address, got {shown(host)}; correct it")
     for program in ("openssl", "ssh-keygen"):
         if shutil.which(program) is None:
             raise UserError(
@@ -158,6 +175,11 @@ def _private() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def _is_host(text: str) -> bool:
+    name = re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?", text)
+    return bool(name) or _is_address(text)
 
 
 def _is_address(host: str) -> bool:
