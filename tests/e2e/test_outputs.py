@@ -17,7 +17,8 @@ from fedex_scale.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from pathlib import Path
 from fedex_scale.runtime.outputs import building, lock
 out = Path(sys.argv[1])
