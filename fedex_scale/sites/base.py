@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from fedex_scale.config.learning import ModelSection
 from fedex_scale.config.settings import Config
 from fedex_scale.engine import lora_model, models
 from fedex_scale.federation.facts import ModelFacts
+from fedex_scale.files.adapters import Adapter
 from fedex_scale.files.basefiles import BaseFiles, base_directory
 from fedex_scale.methods.all import METHODS
 from fedex_scale.planning.footprint import shape_model
 from fedex_scale.runtime.errors import UserError
-from fedex_scale.sites.sent import BaseModelTold
+from fedex_scale.sites.sent import ADAPTERS, LARGEST, SERVER_FILE, BaseModelTold, Sent
 
 # Of a config.json: where it came from, and how it is run here.
 _NO_NUMBERS = frozenset(
@@ -87,3 +89,28 @@ def _digest_of_weights(section: ModelSection, layers: Iterable[str]) -> str | No
     except UserError:
         return None
     return digest.hexdigest()
+
+
+def check_state(sent: Sent, parts: Mapping[str, Path]) -> None:
+    """Raise a UserError where a state's adapters are none that a server could have made.
+
+    Args:
+        parts: where `adapter` and `side` lie.
+    """
+    remedy = "fetch the server's state again, or ask who runs it"
+    for part in ADAPTERS[: 1 + sent.has_side]:
+        adapter = Adapter(parts[part])
+        if set(adapter.layers) != set(sent.layers) or adapter.full_weights:
+            raise UserError(f"{adapter.path}: expected the layers of {SERVER_FILE}; {remedy}")
+        for layer, shape in sent.layers.items():
+            rank = adapter.rank_of(layer)
+            if adapter.shapes(layer) != tuple(shape) or (part == "adapter" and rank != sent.rank):
+                raise UserError(
+                    f"{adapter.path}, layer {layer}: expected shape {tuple(shape)}, rank "
+                    f"{sent.rank}, got {adapter.shapes(layer)}, {rank}; {remedy}"
+                )
+            if not all(x.abs().max() <= LARGEST for x in adapter.pair(layer)):
+                raise UserError(
+                    f"{adapter.path}, layer {layer}: expected factors within {LARGEST:g}, got NaN, "
+                    f"Inf or larger ones; {remedy}"
+                )

@@ -54,12 +54,11 @@ from fedex_scale.runtime.progress import Monitor
 from fedex_scale.runtime.trackers import Trackers
 from fedex_scale.scoring.loss import held_out_loss
 from fedex_scale.sites import rank
-from fedex_scale.sites.base import facts_of, tell_base
+from fedex_scale.sites.base import check_state, facts_of, tell_base
 from fedex_scale.sites.sent import (
     CLIENT_FILE,
     FORMAT,
     Sent,
-    check_state,
     fetch,
     other_base,
 )

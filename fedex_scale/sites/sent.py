@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedex_scale.config.federation import MethodName
-from fedex_scale.files.adapters import Adapter
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
 
@@ -161,31 +160,6 @@ def fetch(directory: Path, sent: Sent, into: Mapping[str, Path]) -> None:
                 f"{directory / name}: expected the file that {SERVER_FILE} names, got another; "
                 "fetch the server's state again"
             )
-
-
-def check_state(sent: Sent, parts: Mapping[str, Path]) -> None:
-    """Raise a UserError where a state's adapters are none that a server could have made.
-
-    Args:
-        parts: where `adapter` and `side` lie.
-    """
-    remedy = "fetch the server's state again, or ask who runs it"
-    for part in ADAPTERS[: 1 + sent.has_side]:
-        adapter = Adapter(parts[part])
-        if set(adapter.layers) != set(sent.layers) or adapter.full_weights:
-            raise UserError(f"{adapter.path}: expected the layers of {SERVER_FILE}; {remedy}")
-        for layer, shape in sent.layers.items():
-            rank = adapter.rank_of(layer)
-            if adapter.shapes(layer) != tuple(shape) or (part == "adapter" and rank != sent.rank):
-                raise UserError(
-                    f"{adapter.path}, layer {layer}: expected shape {tuple(shape)}, rank "
-                    f"{sent.rank}, got {adapter.shapes(layer)}, {rank}; {remedy}"
-                )
-            if not all(x.abs().max() <= LARGEST for x in adapter.pair(layer)):
-                raise UserError(
-                    f"{adapter.path}, layer {layer}: expected factors within {LARGEST:g}, got NaN, "
-                    f"Inf or larger ones; {remedy}"
-                )
 
 
 def write_sent(directory: Path, fields: Mapping[str, Any]) -> Sent:
