@@ -25,21 +25,6 @@ MAX_RANK_OF_MANY = 128
 """Columns of the side adapter where the clients are too many to be in memory at once."""
 
 
-def _check_whole(adapter: Adapter, base: BaseFiles) -> None:
-    """Raise a UserError for a whole weight that the base has in another width.
-
-    Its height may be another one, of a vocabulary or of classes that were added.
-    """
-    for name, (_, shape) in adapter.full_specs().items():
-        layer, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        found = base.find(layer, kind)
-        if found is not None and base.shape(found)[1:] != shape[1:]:
-            raise UserError(
-                f"{adapter.path}: {name}: expected a weight as the base's, "
-                f"{tuple(base.shape(found))}, got {shape}; was it trained on another base model?"
-            )
-
-
 def prepare(job: Job) -> Plan:
     """Open and check everything before anything is written."""
     base = BaseFiles(base_directory(job.base))
@@ -86,6 +71,21 @@ def prepare(job: Job) -> Plan:
     _check_base_copies(plan)
     _find_weights(plan, folds=update_rank > side_rank)
     return plan
+
+
+def _check_whole(adapter: Adapter, base: BaseFiles) -> None:
+    """Raise a UserError for a whole weight that the base has in another width.
+
+    Its height may be another one, of a vocabulary or of classes that were added.
+    """
+    for name, (_, shape) in adapter.full_specs().items():
+        layer, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        found = base.find(layer, kind)
+        if found is not None and base.shape(found)[1:] != shape[1:]:
+            raise UserError(
+                f"{adapter.path}: {name}: expected a weight as the base's, "
+                f"{tuple(base.shape(found))}, got {shape}; was it trained on another base model?"
+            )
 
 
 def _weights(job: Job) -> list[float]:

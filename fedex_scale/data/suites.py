@@ -19,6 +19,8 @@ from fedex_scale.data.sources import DATA_DIR_VARIABLE, load, read_files
 from fedex_scale.runtime.errors import UserError
 
 DEFAULT_DATA_DIR = "data"
+FOLDERS = ("gsm8k", "math", "word_problems", "commonsense")
+"""Of this project's tasks; a stock task's has its own name."""
 
 
 def load_test_rows(
@@ -68,6 +70,12 @@ def load_test_rows(
             f"{', '.join(rows.column_names)}; name a file of that schema"
         )
     return {"test": rows}
+
+
+def files_below(root: Path, tasks: Sequence[str]) -> list[Path]:
+    """Return the files below a data directory that tasks may read."""
+    folders = dict.fromkeys((*FOLDERS, *tasks))
+    return sorted(x for folder in folders for x in (root / folder).glob("*.json*") if x.is_file())
 
 
 def data_root(data_dir: str | None) -> Path:

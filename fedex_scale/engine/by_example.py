@@ -9,7 +9,7 @@ has otherwise.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -25,45 +25,36 @@ NAME = "by_example"
 VARLEN_WIDTH = 256  # of a head, at most
 
 
+Told = Callable[[Mapping[str, Tensor]], dict[str, Any]]
+
+
 @contextmanager
-def attending(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend by example for as long as its batches are packed ones."""
+def attending(model: PreTrainedModel, device: torch.device, *, packed: bool) -> Iterator[Told]:
+    """Let a model attend by example, if its batches are packed ones.
+
+    Gives what tells its attention of a batch on the CPU, by the names of transformers: one with
+    position_ids (1, T), which begin at 0 with each example.
+    """
     config = model.config
     before = config._attn_implementation
-    if before not in ("eager", "sdpa"):  # the others know of examples themselves
-        yield
-        return
-    _INNER[0] = before
-    # No mask is made for a name that transformers has none for.
-    config._attn_implementation = NAME
+    ours = packed and before in ("eager", "sdpa")  # the others know of examples themselves
+
+    def told(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        if not packed:
+            return {}
+        begins = (batch["position_ids"][0] == 0).nonzero().flatten()
+        ends = torch.cat([begins, torch.tensor([batch["position_ids"].shape[1]])])
+        lengths, places = ends.diff().tolist(), send(ends.to(torch.int32), device)
+        own = {"example_lengths": lengths, "attends_by": before} if ours else {}
+        own |= {f"cu_seq_lens_{x}": places for x in "qk"}
+        return own | {f"max_length_{x}": max(lengths) for x in "qk"}
+
+    if ours:  # no mask is made for a name that transformers has none for
+        config._attn_implementation = NAME
     try:
-        yield
+        yield told
     finally:
         config._attn_implementation = before
-
-
-def told(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device
-) -> dict[str, Any]:
-    """Return what the attention to a packed batch has to know, by the names of transformers.
-
-    Args:
-        batch: with position_ids (1, T), on the CPU, which begin at 0 with each example.
-    """
-    begins = (batch["position_ids"][0] == 0).nonzero().flatten()
-    ends = torch.cat([begins, torch.tensor([batch["position_ids"].shape[1]])])
-    lengths = ends.diff().tolist()
-    places = send(ends.to(torch.int32), device)
-    ours = {"example_lengths": lengths} if model.config._attn_implementation == NAME else {}
-    return ours | {
-        "cu_seq_lens_q": places,
-        "cu_seq_lens_k": places,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-
-
-_INNER = ["sdpa"]  # what a model attends with otherwise
 
 
 def attend(
@@ -74,13 +65,14 @@ def attend(
     attention_mask: None,
     *,
     example_lengths: list[int],
+    attends_by: str,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers' functions do: queries (1, H, T, D) to an output (1, T, H, D)."""
-    if _INNER[0] == "sdpa" and _varlen_can(query, kwargs.get("dropout", 0.0)):
+    if attends_by == "sdpa" and _varlen_can(query, kwargs.get("dropout", 0.0)):
         from torch.nn.attention.varlen import varlen_attn
 
         packed = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -96,11 +88,12 @@ def attend(
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return out[None], None
+    inner, eager = _inner(module, attends_by), attends_by == "eager"
     parts, examples = [], (x.split(example_lengths, dim=2) for x in (query, key, value))
     for q, k, v in zip(*examples, strict=True):
-        mask = _mask(q.shape[2], sliding_window, q.device, q.dtype, eager=_INNER[0] == "eager")
+        mask = _mask(q.shape[2], sliding_window, q.device, q.dtype, eager=eager)
         window = {} if sliding_window is None else {"sliding_window": sliding_window}
-        parts.append(_inner(module)(module, q, k, v, mask, **window, **kwargs)[0])
+        parts.append(inner(module, q, k, v, mask, **window, **kwargs)[0])
     return torch.cat(parts, dim=1), None
 
 
@@ -109,8 +102,8 @@ def _varlen_can(query: Tensor, dropout: float) -> bool:
     return query.is_cuda and query.dtype.itemsize == 2 and fits and not dropout
 
 
-def _inner(module: nn.Module) -> Any:
-    if _INNER[0] == "sdpa":
+def _inner(module: nn.Module, name: str) -> Any:
+    if name == "sdpa":
         return ALL_ATTENTION_FUNCTIONS["sdpa"]
     return sys.modules[type(module).__module__].eager_attention_forward
 

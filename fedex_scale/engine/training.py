@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fedex_scale.engine.build import Engine
-from fedex_scale.engine.by_example import attending, told
+from fedex_scale.engine.by_example import attending
 from fedex_scale.engine.contents import set_adapter
 from fedex_scale.engine.fused import stacks_held
 from fedex_scale.engine.head import send
@@ -90,20 +90,15 @@ def train_step(
     ds, labels_stay = engine.deepspeed, getattr(engine.model.get_base_model(), "labels_stay", False)
     # A shard's layer is whole for a moment only, and stacks its factors anew.
     held = [] if engine.is_sharded else engine.layers.values()
-    by_example = engine.by_example and all("position_ids" in batch for batch in micro_batches)
-    base = engine.model.get_base_model()
-    with (
-        stacks_held(held, engine.dtype),
-        attending(base) if by_example else nullcontext(),
-    ):
+    packed = engine.by_example and all("position_ids" in batch for batch in micro_batches)
+    attends = attending(engine.model.get_base_model(), engine.device, packed=packed)
+    with stacks_held(held, engine.dtype), attends as told:
         for i, batch in enumerate(micro_batches):
             here = ("labels",) if labels_stay else ()
-            examples = told(base, batch, engine.device) if by_example else {}
-            batch = {n: x if n in here else send(x, engine.device) for n, x in batch.items()}
-            batch |= examples
+            sent = {n: x if n in here else send(x, engine.device) for n, x in batch.items()}
             if ds is not None:
                 ds.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = engine.kind.loss(ds or engine.model, batch, units)
+            loss = engine.kind.loss(ds or engine.model, sent | told(batch), units)
             total += loss.detach()
             if ds is not None:
                 # DeepSpeed averages gradients over ranks; the loss is already a share of the sum.

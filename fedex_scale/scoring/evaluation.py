@@ -23,7 +23,7 @@ from fedex_scale.config.settings import EvaluationSection
 from fedex_scale.config.shipped import shipped
 from fedex_scale.config.words import named
 from fedex_scale.data.sources import cause_of
-from fedex_scale.data.suites import data_root
+from fedex_scale.data.suites import data_root, files_below
 from fedex_scale.runtime import distributed, door
 from fedex_scale.runtime.errors import UserError
 from fedex_scale.runtime.outputs import building
@@ -304,9 +304,8 @@ def digests(section: EvaluationSection) -> dict[str, tuple[int, str]]:
     files = [section.generate] if section.generate else []
     for own in (section.data or {}).values():
         files += own.values() if isinstance(own, dict) else [own]
-    if section.data_dir and section.tasks:
-        below = Path(section.data_dir).rglob("*.json*")
-        files += sorted(str(path) for path in below if path.is_file())
+    if section.tasks:
+        files += map(str, files_below(data_root(section.data_dir), section.tasks))
     return {f"evaluation data {file}": door.digest(file) for file in files}
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, mask
 
 from fedex_scale.cli import main
 from fedex_scale.data.batching import MASKED, Examples, collate, pack
-from fedex_scale.engine.by_example import attending, told
+from fedex_scale.engine.by_example import attending
 from fedex_scale.engine.models import PACKABLE
 
 LENGTHS = np.array([9, 1, 17, 5, 5, 12])
@@ -47,10 +47,9 @@ def examples() -> Examples:
 
 
 def by_example(model: PreTrainedModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    with attending(model):
-        told_too = batch | told(model, batch, torch.device("cpu"))
+    with attending(model, torch.device("cpu"), packed=True) as told:
         with patch.object(masking_utils, "find_packed_sequence_indices") as looked_for:
-            found = loss_and_gradients(model, told_too)
+            found = loss_and_gradients(model, batch | told(batch))
         assert not looked_for.called, "a mask of all tokens by all"
         return found
 
