@@ -48,6 +48,19 @@ def start(command: list[str], config: Path, *overrides: str) -> subprocess.Compl
     )
 
 
+def run_apart(checks: Path, **environment: str) -> None:
+    """Run a file of tests in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(checks)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
 def fedex_scale(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return python("-m", "fedex_scale.cli", *arguments)
 

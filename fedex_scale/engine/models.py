@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -28,8 +24,8 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fedex_scale.config.learning import ModelSection
-from fedex_scale.config.places import check_model
 from fedex_scale.engine import whole
+from fedex_scale.engine.pretrained import bring, reason_of
 from fedex_scale.files.basefiles import base_directory
 from fedex_scale.runtime import door
 from fedex_scale.runtime.errors import UserError
@@ -66,7 +62,7 @@ def load_tokenizer(section: ModelSection, *, writes: bool = True) -> PreTrainedT
     """
     if section.config:
         return _byte_tokenizer()
-    tokenizer = _load(AutoTokenizer, section)
+    tokenizer = bring(AutoTokenizer, section)
     padded = not writes and tokenizer.pad_token_id is not None
     if tokenizer.eos_token_id is None and not padded:
         raise UserError(f"model.path: the tokenizer of {section.path} has no EOS token; set one")
@@ -139,7 +135,7 @@ def load_processor(section: ModelSection, kind: ModelKind) -> Any:
     if kind.auto != "AutoModelForImageClassification":
         return load_tokenizer(section, writes=not kind.has_head)
     try:
-        return _load(AutoImageProcessor, section)
+        return bring(AutoImageProcessor, section)
     except ImportError as error:  # timm's needs torchvision
         reason = " ".join(str(error).split())
         raise UserError(f"model.path: {section.path}: {reason[:200]}") from None
@@ -179,13 +175,13 @@ def load_model(
         options["device_map"] = {"": device}
     if kind.has_head:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, found = _load(kind.model_class, section, **options)
+        model, found = bring(kind.model_class, section, **options)
         heads = whole.new_modules(model, kind)
         new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         whole.check_missing(model, heads, new)
         whole.draw(model, new, kind.seed)
     else:
-        model = _load(kind.model_class, section, **options)
+        model = bring(kind.model_class, section, **options)
         model.config.use_cache = True
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -251,7 +247,7 @@ def base_config(
 def _plain_config(section: ModelSection, *, offline: bool) -> PretrainedConfig:
     file = section.config or (_known(section.path) if offline else None)
     if file is None:
-        return _load(AutoConfig, section)
+        return bring(AutoConfig, section)
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
     path = CONFIGS / f"{file}.json" if file in names else Path(file)
     path = path / "config.json" if path.is_dir() else path
@@ -264,7 +260,7 @@ def _plain_config(section: ModelSection, *, offline: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever transformers makes of settings that contradict
-        raise UserError(f"model.config: cannot read {path}: {_reason(error)}") from None
+        raise UserError(f"model.config: cannot read {path}: {reason_of(error)}") from None
 
 
 def known_models() -> dict[str, str]:
@@ -309,66 +305,3 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def _load(cls: type, section: ModelSection, **options):
-    """Call `cls.from_pretrained`; a model that cannot be had is the user's to put right."""
-    check_model(section)
-    _check_hub(section.path, section.revision)
-    path = Path(section.path)
-    if path.exists():
-        door.check_directory(path)
-        door.read_json(path / "config.json", "fetch the model again", most=2**24)
-    try:
-        return cls.from_pretrained(
-            section.path,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            **options,
-        )
-    except SafetensorError as error:
-        raise UserError(
-            f"model.path: {section.path}: its weights are damaged ({error}); bring them anew"
-        ) from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever transformers makes of settings that contradict
-        if cls is AutoTokenizer and "backend tokenizer" in str(error):
-            reason = "no tokenizer.json is there; copy the tokenizer's files to the model's"
-        else:
-            reason = _reason(error)
-        if section.attention != "auto" and "attention" in reason.lower():
-            reason += f"; install what it lacks, or leave out model.attention={section.attention}"
-        raise UserError(f"model.path: cannot load {section.path}: {reason}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's words, and its kind where that tells more than they do."""
-    words = " ".join(str(error).split())[:300] or "no reason given"
-    own = isinstance(error, (OSError, ValueError, ImportError))
-    return words if own else f"{type(error).__name__}: {words}"
-
-
-@cache
-def _check_hub(path: str, revision: str | None) -> None:
-    """Raise a UserError where a model is to come from the hub, which does not have it or answer.
-
-    One question: to load would ask for one file after another, each for a while.
-    """
-    if Path(path).exists() or constants.HF_HUB_OFFLINE:
-        return
-    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return
-    try:
-        HfApi().model_info(path, revision=revision, timeout=10)
-    except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else "an error"
-        raise UserError(
-            f"model.path: the hub answers {code} for {path}; correct the name, or for a private or "
-            "gated model log in (hf auth login)"
-        ) from None
-    except Exception as error:  # of the network, in the words of whatever sends
-        raise UserError(
-            f"model.path: {path} is neither a directory nor in the hub's cache, and the hub does "
-            f"not answer ({error!s:.150}); correct the path, or the network"
-        ) from None

@@ -8,28 +8,17 @@ import warnings
 from pathlib import Path
 
 import torch
+from engines import build
 from tiny import make_llama
 
-from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
-from fedex_scale.engine.build import build_engine
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.engine.training import train_step
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = str(make_llama(Path(folder) / "llama"))
-        engine = build_engine(
-            ModelSection(path=path, dtype="bfloat16"),
-            LoraSection(rank=8, alpha=8),
-            EngineSection(),
-            trains=frozenset("AB"),
-            side_rank=0,
-            optimizer="adamw",
-            micro_batch_size=2,
-            accumulation=4,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-        )
+        path = make_llama(Path(folder) / "llama")
+        engine = build(path, lora=LoraSection(rank=8, alpha=8), dtype="bfloat16")
     tokens = torch.arange(5, 133).view(2, 64)
     batches = [{"input_ids": tokens, "labels": tokens} for _ in range(4)]
     for _ in range(3):  # the first makes the optimizer's state and tries out kernels

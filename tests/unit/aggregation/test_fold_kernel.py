@@ -6,12 +6,10 @@ chosen when Triton is imported.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import run_apart
 
 from fedex_scale.aggregation import fold_kernel
 
@@ -20,15 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 
 def test_it_folds_as_torch_does() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(TESTS / "gpu" / "fold_kernel_checks.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    run_apart(TESTS / "gpu" / "fold_kernel_checks.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -6,35 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import build
 
-from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection
-from fedex_scale.engine.build import Engine, build_engine
+from fedex_scale.config.learning import LoraSection
 from fedex_scale.engine.contents import read_pairs
 from fedex_scale.engine.training import moments_away, reset_for_client, train_step
 
 BATCH = {"input_ids": torch.arange(5, 45)[None], "labels": torch.arange(5, 45)[None]}
 
 
-def build(path: Path, optimizer: str) -> Engine:
-    return build_engine(
-        ModelSection(path=str(path), dtype="float32"),
-        LoraSection(rank=8, alpha=8),
-        EngineSection(),
-        trains=frozenset("AB"),
-        side_rank=0,
-        optimizer=optimizer,
-        micro_batch_size=1,
-        accumulation=1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-    )
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "sgd"])
 def test_no_memory_is_held_for_moments_while_a_model_is_scored(
     tiny_llama: Path, optimizer: str
 ) -> None:
-    engine = build(tiny_llama, optimizer)
+    engine = build(tiny_llama, lora=LoraSection(rank=8, alpha=8), optimizer=optimizer)
     start = dict(read_pairs(engine))
 
     def client() -> list[torch.Tensor]:

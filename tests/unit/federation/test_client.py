@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import build
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from fedex_scale.config.federation import FederationSection
-from fedex_scale.config.learning import EngineSection, LoraSection, ModelSection, TrainSection
+from fedex_scale.config.learning import LoraSection, TrainSection
 from fedex_scale.data.batching import plan_steps
-from fedex_scale.engine.build import build_engine
 from fedex_scale.engine.training import train_step
 from fedex_scale.federation.client import ClientUpdate, learning_rate, num_steps
 from fedex_scale.rounds import choose_clients, client_weights
@@ -107,18 +107,7 @@ def test_the_draw_depends_on_seed_and_round_alone() -> None:
 
 
 def test_every_module_trains_in_training_mode(tiny_llama: Path) -> None:
-    engine = build_engine(
-        ModelSection(path=str(tiny_llama), dtype="float32"),
-        LoraSection(rank=2, dropout=0.5),
-        EngineSection(),
-        trains=frozenset("AB"),
-        side_rank=0,
-        optimizer="adamw",
-        micro_batch_size=1,
-        accumulation=1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-    )
+    engine = build(tiny_llama, lora=LoraSection(rank=2, dropout=0.5))
     engine.model.get_base_model().eval()  # as a loaded model is, whatever its wrapper says
     ids = torch.arange(8)[None]
     train_step(engine, [{"input_ids": ids, "labels": ids}], units=7, lr=1e-3)
